@@ -1,0 +1,1 @@
+"""Implementations of the operations in ``mxperts.ops``, one package each."""

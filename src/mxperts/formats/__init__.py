@@ -1,0 +1,72 @@
+"""What MX numbers are: element formats, block formats, schemes, and the recipes that quantise to them."""
+
+from mxperts.formats.block import SCALE_BIAS, SCALE_MAX, SCALE_NAN, BlockFormat
+from mxperts.formats.catalog import (
+    BLOCK_FORMATS,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    ELEMENT_FORMATS,
+    INT8,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    MXINT8,
+    format,
+)
+from mxperts.formats.element import ElementFormat, Encoding
+from mxperts.formats.presets import PRESETS, Preset, recipe
+from mxperts.formats.recipe import NonFinite, Recipe, Role, Rounding, ScaleRule, SignedZero
+from mxperts.formats.scheme import (
+    FP8_ACTIVATIONS,
+    FP8_DYNAMIC,
+    FP8_STATIC,
+    Activation,
+    Scheme,
+    all_schemes,
+    parse_activation,
+)
+
+__all__ = [
+    "BLOCK_FORMATS",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E5M2",
+    "ELEMENT_FORMATS",
+    "FP8_ACTIVATIONS",
+    "FP8_DYNAMIC",
+    "FP8_STATIC",
+    "INT8",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8_E4M3",
+    "MXFP8_E5M2",
+    "MXINT8",
+    "PRESETS",
+    "SCALE_BIAS",
+    "SCALE_MAX",
+    "SCALE_NAN",
+    "Activation",
+    "BlockFormat",
+    "ElementFormat",
+    "Encoding",
+    "NonFinite",
+    "Preset",
+    "Recipe",
+    "Role",
+    "Rounding",
+    "ScaleRule",
+    "Scheme",
+    "SignedZero",
+    "all_schemes",
+    "format",
+    "parse_activation",
+    "recipe",
+]
