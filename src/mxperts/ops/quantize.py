@@ -123,7 +123,7 @@ def fake_quantize(
     )
     _check(x, choices, generator)
     if generator is not None:
-        values: Tensor = _StochasticFakeQuantize.apply(x, fmt, choices, generator, backend)
+        values: Tensor = _StochasticFakeQuantize.apply(x, fmt, choices, generator, backend)  # type: ignore[no-untyped-call]
     else:
         values = _fake_quantize_op(x, fmt.name, choices.encode(), backend)
     return values
