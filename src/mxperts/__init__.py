@@ -1,5 +1,8 @@
 """Run, quantise, evaluate and serve MX mixture-of-experts models on hardware without native MX."""
 
+from typing import TYPE_CHECKING, Any
+
+from mxperts import routing
 from mxperts.errors import ArgumentError, BackendUnavailable, CheckpointError, FormatError, MxpertsError
 from mxperts.formats import (
     MXFP4,
@@ -12,9 +15,16 @@ from mxperts.formats import (
     Scheme,
     format,
 )
+from mxperts.nn import MXExperts, MXLinear
 from mxperts.ops.dispatch import backends, explain
+from mxperts.ops.experts import fused_experts
+from mxperts.ops.linear import mx_linear
+from mxperts.ops.prepare import PreparedExperts, prepare
 from mxperts.ops.quantize import dequantize, fake_quantize, quantize
 from mxperts.tensor import MXTensor
+
+if TYPE_CHECKING:
+    from mxperts.integrations.transformers import install, load
 
 __version__ = "0.1.0"
 
@@ -30,13 +40,31 @@ __all__ = [
     "BlockFormat",
     "CheckpointError",
     "FormatError",
+    "MXExperts",
+    "MXLinear",
     "MXTensor",
     "MxpertsError",
+    "PreparedExperts",
     "Scheme",
     "backends",
     "dequantize",
     "explain",
     "fake_quantize",
     "format",
+    "fused_experts",
+    "install",
+    "load",
+    "mx_linear",
+    "prepare",
     "quantize",
+    "routing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Transformers takes seconds to import, and numbers alone do not need it.
+    if name in ("install", "load"):
+        from mxperts.integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

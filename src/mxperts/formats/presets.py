@@ -15,6 +15,11 @@ from mxperts.formats.block import BlockFormat
 from mxperts.formats.naming import choose, normalize, suggest
 from mxperts.formats.recipe import NonFinite, Recipe, Role, Rounding, ScaleRule, SignedZero
 
+_FP4, _FP6 = ("mxfp4",), ("mxfp6_e2m3", "mxfp6_e3m2")
+_FP8, _INT8 = ("mxfp8_e4m3", "mxfp8_e5m2"), ("mxint8",)
+_FLOAT = _FP4 + _FP6 + _FP8
+_ALL = _FLOAT + _INT8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -25,6 +30,8 @@ class Preset:
         source: the software and version it was read off and compared with.
         weight, activation: the recipe of either operand.
         weight_of, activation_of: formats whose recipe differs from that, by name.
+    formats: names of the formats that the peer itself has in the role of a weight or an activation; for the others the
+        recipe is the one that its choices suggest, and nothing holds it.
     """
 
     name: str
@@ -33,6 +40,7 @@ class Preset:
     activation: Recipe
     weight_of: Mapping[str, Recipe] = field(default_factory=dict)
     activation_of: Mapping[str, Recipe] = field(default_factory=dict)
+    formats: tuple[str, ...] = _ALL
 
     def recipe(self, fmt: BlockFormat, role: Role) -> Recipe:
         """The recipe for one format in one role."""
@@ -61,31 +69,34 @@ DEFAULT = Preset(
         "mxint8": _FLOOR_KEEP,
     },
 )
+_QUARK_OTHERS = {
+    # No path of Quark 0.13 writes MXFP8 or MXINT8 weights: these are its fake quantisation.
+    "mxfp8_e4m3": _EVEN_KEEP,
+    "mxfp8_e5m2": _EVEN_KEEP,
+    "mxint8": Recipe(scale_rule=ScaleRule.EVEN, even_bits=8),
+}
 QUARK = Preset(
     name="quark",
     source="amd-quark 0.13: weights as it exports them, activations as its fake quantisation computes them",
     weight=dataclasses.replace(_EVEN_DROP, zero_block_scale=1),
-    weight_of={"mxint8": _FLOOR_KEEP},
+    weight_of=_QUARK_OTHERS,
     activation=_EVEN_KEEP,
-    activation_of={"mxfp6_e2m3": _EVEN_DROP, "mxfp6_e3m2": _EVEN_DROP, "mxint8": _FLOOR_KEEP},
+    activation_of={"mxfp6_e2m3": _EVEN_DROP, "mxfp6_e3m2": _EVEN_DROP, **_QUARK_OTHERS},
 )
+_VLLM_OTHERS = {
+    "mxfp6_e2m3": _EVEN_DROP,
+    "mxfp6_e3m2": _EVEN_DROP,
+    "mxfp8_e4m3": _RCEIL_KEEP,
+    "mxfp8_e5m2": _RCEIL_KEEP,
+}
 VLLM = Preset(
     name="vllm",
-    source="vLLM 0.33: mxfp4_quantize for MXFP4, AMD Quark's operators for MXFP6, its own for MXFP8",
+    source="vLLM 0.33: mxfp4_quantize for MXFP4, AMD Quark's operators for MXFP6, mxfp8_e4m3_quantize for MXFP8",
     weight=_EVEN_KEEP,
-    weight_of={
-        "mxfp6_e2m3": _EVEN_DROP,
-        "mxfp6_e3m2": _EVEN_DROP,
-        "mxfp8_e4m3": _RCEIL_KEEP,
-        "mxfp8_e5m2": _RCEIL_KEEP,
-    },
+    weight_of=_VLLM_OTHERS,
     activation=_EVEN_KEEP,
-    activation_of={
-        "mxfp6_e2m3": _EVEN_DROP,
-        "mxfp6_e3m2": _EVEN_DROP,
-        "mxfp8_e4m3": _RCEIL_KEEP,
-        "mxfp8_e5m2": _RCEIL_KEEP,
-    },
+    activation_of=_VLLM_OTHERS,
+    formats=(*_FP4, *_FP6, "mxfp8_e4m3"),
 )
 OCP = Preset(
     name="ocp",
@@ -93,31 +104,45 @@ OCP = Preset(
     weight=_FLOOR_KEEP,
     activation=_FLOOR_KEEP,
 )
+_TORCHAO = dataclasses.replace(_FLOOR_KEEP, inf=NonFinite.SATURATE)
 TORCHAO = Preset(
     name="torchao",
     source="torchao 0.18 prototype.mx_formats.mx_tensor.to_mx, ScaleCalculationMode.FLOOR",
-    weight=dataclasses.replace(_FLOOR_KEEP, inf=NonFinite.SATURATE),
-    activation=dataclasses.replace(_FLOOR_KEEP, inf=NonFinite.SATURATE),
+    weight=_TORCHAO,
+    activation=_TORCHAO,
+    formats=_FLOAT,
 )
+_TRITON_KERNELS_FP4 = dataclasses.replace(_RCEIL_KEEP, rounding=Rounding.HALF_AWAY)
 TRITON_KERNELS = Preset(
     name="triton_kernels",
     source="triton_kernels as vLLM 0.33 ships it: downcast_to_mxfp, ROUND_UP",
     weight=_RCEIL_KEEP,
-    weight_of={"mxfp4": dataclasses.replace(_RCEIL_KEEP, rounding=Rounding.HALF_AWAY)},
+    weight_of={"mxfp4": _TRITON_KERNELS_FP4},
     activation=_RCEIL_KEEP,
-    activation_of={"mxfp4": dataclasses.replace(_RCEIL_KEEP, rounding=Rounding.HALF_AWAY)},
+    activation_of={"mxfp4": _TRITON_KERNELS_FP4},
+    formats=_FP4 + _FP8,
 )
-_CT = Recipe(scale_rule=ScaleRule.EVEN, signed_zero=SignedZero.KEEP_ROUNDED)
+_CT_OTHERS = {
+    "mxfp4": dataclasses.replace(_EVEN_KEEP, signed_zero=SignedZero.KEEP_ROUNDED),
+    "mxfp8_e4m3": dataclasses.replace(_EVEN_KEEP, even_bits=1),
+}
 COMPRESSED_TENSORS = Preset(
     name="compressed_tensors",
-    source="compressed-tensors 0.20: generate_mx_scales and its packers",
-    weight=_CT,
-    weight_of={"mxfp8_e4m3": dataclasses.replace(_CT, even_bits=1)},
-    activation=_CT,
-    activation_of={"mxfp8_e4m3": dataclasses.replace(_CT, even_bits=1)},
+    source="compressed-tensors 0.20: calculate_qparams and its packing compressors",
+    weight=_EVEN_KEEP,
+    weight_of=_CT_OTHERS,
+    activation=_EVEN_KEEP,
+    activation_of=_CT_OTHERS,
+    formats=(*_FP4, "mxfp6_e2m3", "mxfp8_e4m3"),
 )
 _GGML = Recipe(scale_rule=ScaleRule.FLOOR, rounding=Rounding.HALF_TOWARD_ZERO, signed_zero=SignedZero.DROP)
-GGML = Preset(name="ggml", source="gguf 0.19 and llama.cpp: quantize_row_mxfp4_ref", weight=_GGML, activation=_GGML)
+GGML = Preset(
+    name="ggml",
+    source="gguf 0.19 quants.MXFP4 and ggml's quantize_row_mxfp4_ref",
+    weight=_GGML,
+    activation=_GGML,
+    formats=_FP4,
+)
 
 PRESETS = {p.name: p for p in (DEFAULT, QUARK, VLLM, OCP, TORCHAO, TRITON_KERNELS, COMPRESSED_TENSORS, GGML)}
 

@@ -30,7 +30,7 @@ _ALIASES = {
     "mxfp8": "w_mxfp8_e4m3_a_mxfp8_e4m3",
     # compressed-tensors' presets
     "mxfp4a16": "w_mxfp4",
-    "mxfp4xfp8": "w_mxfp4_a_mxfp8_e4m3",
+    "mxfp4xfp8": "w_mxfp4_a_fp8_dynamic",  # one scale a token here, one for 128 values there
     "mxfp6a16": "w_mxfp6_e2m3",
     "mxfp6a8": "w_mxfp6_e2m3_a_mxfp8_e4m3",
     "mxfp8a16": "w_mxfp8_e4m3",

@@ -66,7 +66,11 @@ def quantize_to_codes(
     code = round_to_code(scaled, blocks.signbit(), fmt.element, recipe, generator)
     if fmt.element.has_signed_zero:
         code |= _sign(blocks, code == 0, recipe.signed_zero) * fmt.element.sign_bit
-    saturated = nan if recipe.nan is NonFinite.SATURATE else torch.zeros_like(nan)
+    saturated = torch.zeros_like(nan)
+    if recipe.nan is NonFinite.SATURATE:
+        saturated |= nan
+    if recipe.inf is NonFinite.SATURATE:
+        saturated |= inf
     largest = torch.where(blocks.signbit(), _negated_max(fmt.element), len(fmt.element.magnitudes) - 1)
     code = torch.where(saturated, largest, code)
 

@@ -1,0 +1,36 @@
+# make demo    quantise, evaluate and run the model that comes with mxperts
+# make test    lint, type-check and test
+# make lint    lint and type-check only
+# make clean   remove what these commands made
+#
+# Each does everything on a fresh machine with Python 3.11 or later: it makes .venv and installs what
+# constraints.txt pins. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/mxperts demo --dir mxperts-demo
+
+test: lint
+	$(BIN)/python -m pytest -n auto
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Installed again only if what to install has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "mxperts needs Python 3.11 or later; $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) mxperts-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,20 @@
+"""MX checkpoints: what their configs say, reading, writing and inspecting them."""
+
+from mxperts.checkpoint.config import LAYOUTS, is_mx, parse
+from mxperts.checkpoint.inspect import Inspection, inspect_checkpoint
+from mxperts.checkpoint.layout import ModelScheme, Rule, TensorNames
+from mxperts.checkpoint.reader import Checkpoint
+from mxperts.checkpoint.writer import CheckpointWriter
+
+__all__ = [
+    "LAYOUTS",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Inspection",
+    "ModelScheme",
+    "Rule",
+    "TensorNames",
+    "inspect_checkpoint",
+    "is_mx",
+    "parse",
+]

@@ -1,0 +1,78 @@
+"""The commands and the errors they end in."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import mxperts
+from mxperts.cli.demo import demo
+from mxperts.cli.doctor import doctor
+from mxperts.cli.eval import evaluate
+from mxperts.cli.generate import generate
+from mxperts.cli.inspect import inspect
+from mxperts.cli.output import say
+from mxperts.cli.quantize import quantize
+from mxperts.errors import MxpertsError
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors end in one message on stderr and exit code 1; ``--debug`` lets them through."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MxpertsError, OSError, ImportError) as error:
+            if ctx.params["debug"] or isinstance(error, BrokenPipeError):
+                raise
+            say(f"error: {error}")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="mxperts",
+    cls=_Commands,
+    help="Run, quantise and evaluate MX mixture-of-experts models on hardware without native MX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mxperts {mxperts.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    pass
+
+
+app.command(epilog='Example: mxperts generate --prompt "KING RICHARD." --scheme w4a16 --max-new-tokens 60')(generate)
+app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tokens 4096 --plot kl.png")(evaluate)
+app.command(epilog="Example: mxperts quantize path/to/model my-mxfp4 --scheme w_mxfp4_a_mxfp4")(quantize)
+app.command(epilog="Example: mxperts inspect my-mxfp4 --deep")(inspect)
+app.command(epilog="Example: mxperts demo --dir /tmp/mxperts-demo")(demo)
+app.command(epilog="Example: mxperts doctor --output json")(doctor)
+
+
+def main() -> None:
+    """The console script: as ``app``, and errors that nobody foresaw end in one message too."""
+    try:
+        app(prog_name="mxperts")
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        say(f"internal error: {type(error).__name__}: {error}; `mxperts --debug …` shows where")
+        sys.exit(1)

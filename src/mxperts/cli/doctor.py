@@ -1,0 +1,112 @@
+"""``mxperts doctor``: what is installed, what this machine can do, and whether the numbers are right here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import typer
+
+import mxperts as mx
+from mxperts.cli.options import OutputOption
+from mxperts.cli.output import Table, show
+from mxperts.errors import BackendUnavailable
+from mxperts.evaluation.environment import OPTIONAL_PACKAGES, environment, versions
+from mxperts.ops.dispatch import BACKENDS
+
+# fmt: off
+GOLDEN_VALUES = [
+    # Values of E2M1 are themselves; the largest, 6, makes the scale 2^0.
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0, 0.0,
+    # Ties go to the even code: 0.25 → 0, 0.75 and 1.25 → 1, 1.75 and 2.5 → 2, 3.5 and 5 → 4; others to the nearest.
+    0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -0.75, -5.0, 0.26, 0.74, 2.51, 3.49, 4.99, 5.01,
+]
+# fmt: on
+"""A block of MXFP4 in which every value of E2M1 and every tie occurs."""
+GOLDEN_CODES = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 0, 0, 2, 2, 4, 4, 6, 6, 0, 10, 14, 1, 1, 5, 5, 6, 7]
+"""Its codes as a weight, derived by hand; -0.25 rounds to zero, which has no sign in a weight."""
+GOLDEN_SCALE = 127
+
+
+def doctor(output: OutputOption = None) -> None:
+    """Show versions, processor, accelerators and backends, and check quantisation bit by bit on every backend."""
+    found = environment()
+    checks = dict(self_checks())
+    document: dict[str, Any] = {
+        **found,
+        "optional": versions(OPTIONAL_PACKAGES),
+        "cpu_features": cpu_features(),
+        "memory_bytes": memory_bytes(),
+        "backends": {device: mx.backends(device) for device in devices()},
+        "self_check": checks,
+    }
+    rows = list(table_rows(document))
+    show(
+        Table(header=["item", "value"], rows=rows, left=2),
+        records=[{"item": item, "value": value} for item, value in rows],
+        document=document,
+        output=output,
+    )
+    if any(result != "ok" for result in checks.values() if not result.startswith("unavailable")):
+        raise typer.Exit(1)
+
+
+def self_checks() -> Iterator[tuple[str, str]]:
+    """By backend, whether it quantises the golden block to the right bits and back to the right values."""
+    x = torch.tensor(GOLDEN_VALUES)
+    for backend in BACKENDS:
+        try:
+            quantized = mx.quantize(x, mx.MXFP4, backend=backend.name)
+            values = mx.dequantize(quantized, torch.float32, backend=backend.name)
+        except BackendUnavailable as error:
+            yield backend.name, f"unavailable: {error}"
+            continue
+        codes, scales = quantized.codes().tolist(), quantized.scales.tolist()
+        expected = [mx.MXFP4.element.values[code] for code in GOLDEN_CODES]
+        if (codes, scales, values.tolist()) == (GOLDEN_CODES, [GOLDEN_SCALE], expected):
+            yield backend.name, "ok"
+        else:
+            yield backend.name, f"WRONG: codes {codes}, scale {scales}, values {values.tolist()}"
+
+
+def cpu_features() -> list[str]:
+    """What LLVM, which compiles the CPU kernels, knows this processor to have."""
+    from llvmlite import binding  # type: ignore[import-untyped]
+
+    return sorted(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
+def memory_bytes() -> int | None:
+    """Physical memory; None where the operating system does not say."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def devices() -> list[str]:
+    """Where tensors can be."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def table_rows(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The document as lines for people."""
+    for name, version in document["versions"].items():
+        yield name, version or "not installed"
+    for name, version in document["optional"].items():
+        if name != "python":
+            yield f"{name} (optional)", version or "not installed"
+    yield "platform", document["platform"]
+    yield "processor", document["processor"]
+    simd = [f for f in document["cpu_features"] if f.startswith(("avx", "amx", "neon", "sve"))]
+    yield "vector features", " ".join(simd) or "none"
+    memory = document["memory_bytes"]
+    yield "memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"
+    yield "threads", str(document["threads"])
+    yield "accelerators", ", ".join(document["accelerators"]) or "none"
+    for device, backends in document["backends"].items():
+        for name, summary in backends.items():
+            yield f"backend {name} on {device}", summary
+    for name, result in document["self_check"].items():
+        yield f"self-check {name}", result

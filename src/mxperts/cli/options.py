@@ -1,0 +1,84 @@
+"""Arguments and options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from mxperts import models
+from mxperts.cli.output import Output
+
+SHIPPED = "shipped"
+"""What a model argument calls the model that comes with mxperts."""
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Folder or hub id. Default, or the word 'shipped': the model that comes with mxperts.", show_default=False
+    ),
+]
+SchemeOption = Annotated[
+    str | None,
+    typer.Option("--scheme", help="Quantise an unquantised model on the fly, e.g. w_mxfp4_a_mxfp4 or w4a16."),
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Of everything that is not quantised: auto, bfloat16, float16 or float32.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, reference, cpu or gpu; see `mxperts doctor`.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: PyTorch's choice.")]
+TrustRemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
+]
+OutputOption = Annotated[
+    Output | None,
+    typer.Option("--output", "-o", help="Default: a table on a terminal, Markdown into a pipe."),
+]
+
+
+def resolve_model(model: str | None) -> str:
+    """A folder or hub id; nothing, or ``shipped`` where no such folder exists, is the model that comes with mxperts."""
+    if model is None or (model == SHIPPED and not Path(SHIPPED).exists()):
+        return str(models.shipped())
+    return model
+
+
+def use_threads(threads: int | None) -> None:
+    """Let PyTorch use this many CPU threads."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a resolved model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def context_limit(path: str, *, trust_remote_code: bool) -> int:
+    """Tokens that a model can see at once, as its configuration says; 2^31 where it says nothing."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
+def load_model(
+    model: str, *, scheme: str | None, dtype: str, device: str, backend: str, trust_remote_code: bool
+) -> Any:
+    """A resolved model, loaded with ``mx.load`` and moved to its device."""
+    import transformers
+
+    import mxperts as mx
+
+    messages: Any = transformers.utils.logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    loaded = mx.load(model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return loaded.to(device).eval()

@@ -1,0 +1,27 @@
+"""How good a quantised model is: perplexity, divergence from its base, router agreement, size."""
+
+from mxperts.evaluation.baseline import Baseline
+from mxperts.evaluation.compare import compare
+from mxperts.evaluation.divergence import Divergence
+from mxperts.evaluation.environment import environment
+from mxperts.evaluation.evaluate import Evaluation, evaluate, evaluate_base
+from mxperts.evaluation.plot import plot
+from mxperts.evaluation.report import Report
+from mxperts.evaluation.size import Size
+from mxperts.evaluation.statistics import Estimate
+from mxperts.evaluation.windows import Windows
+
+__all__ = [
+    "Baseline",
+    "Divergence",
+    "Estimate",
+    "Evaluation",
+    "Report",
+    "Size",
+    "Windows",
+    "compare",
+    "environment",
+    "evaluate",
+    "evaluate_base",
+    "plot",
+]

@@ -1,0 +1,59 @@
+"""Evaluate several models against the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from mxperts.errors import ArgumentError
+from mxperts.evaluation.environment import environment
+from mxperts.evaluation.evaluate import Evaluation, evaluate, evaluate_base
+from mxperts.evaluation.report import Report
+from mxperts.evaluation.windows import Windows
+
+
+def compare(
+    models: Iterable[tuple[str, nn.Module]],
+    windows: Windows,
+    *,
+    batch_size: int = 8,
+    conditions: Mapping[str, Any] | None = None,
+    progress: Callable[[Evaluation], None] = lambda done: None,
+) -> Report:
+    """Evaluate models one after the other; the first is the base.
+
+    Args:
+        models: name and model; an iterator that loads each model when it is asked for keeps only one in memory.
+        windows: the text.
+        batch_size: windows a forward pass.
+        conditions: what else the figures depend on; the environment and the text are added.
+        progress: called with every finished evaluation.
+
+    Returns:
+        The report; the base's logits are gone.
+
+    Raises:
+        ArgumentError: no models, or they cannot be compared, as ``evaluate`` says.
+    """
+    rows: list[Evaluation] = []
+    base = None
+    for name, model in models:
+        if base is None:
+            done, base = evaluate_base(model, windows, name=name, batch_size=batch_size)
+        else:
+            done = evaluate(model, windows, base, name=name, batch_size=batch_size)
+        del model  # before the next one is loaded
+        rows.append(done)
+        progress(done)
+    if not rows:
+        raise ArgumentError("there is no model to evaluate")
+    text = {
+        "tokens": windows.scored,
+        "context": windows.context,
+        "stride": windows.stride,
+        "batch_size": batch_size,
+        "text_sha256": windows.text_hash,
+    }
+    return Report(base=rows[0], others=rows[1:], conditions={**(conditions or {}), **text, **environment()})

@@ -1,0 +1,106 @@
+"""Evaluations as a table for people, as flat records and as one JSON document."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mxperts.evaluation.divergence import PERCENTILES, Divergence
+from mxperts.evaluation.evaluate import Evaluation
+from mxperts.evaluation.statistics import Estimate
+
+NOTE = (
+    "± is one standard error, tokens taken as independent. KLD: KL divergence from the first row, nats a token; "
+    "ln ratio: ln of the perplexity over the first row's; Δp: change of the probability of the token that comes; "
+    "router: share of the first row's experts chosen too."
+)
+"""What the columns mean, to print below the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The base and everything that was compared with it.
+
+    Attributes:
+        base: the first row.
+        others: compared with it, in any order.
+        conditions: what the figures depend on, such as versions, threads, model and text; JSON carries it.
+    """
+
+    base: Evaluation
+    others: Sequence[Evaluation]
+    conditions: Mapping[str, Any]
+
+    @property
+    def rows(self) -> list[Evaluation]:
+        """The base, then the others by increasing KL divergence."""
+        return [self.base, *sorted(self.others, key=lambda e: e.divergence.kl.value if e.divergence else 0.0)]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of text; all columns but the first are numbers."""
+        header = ["scheme", "bits/weight", "experts MB", "PPL"]
+        if self.others:
+            header += ["ln ratio", "KLD", "KLD 99%", "RMS Δp %", "same top-1 %", "router %"]
+        header.append("tokens/s")
+        return header, [_row(e, compared=bool(self.others)) for e in self.rows]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat dictionary a row, all with the same keys: raw numbers, for CSV."""
+        return [_record(e) for e in self.rows]
+
+    def document(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"conditions": dict(self.conditions), "rows": [dataclasses.asdict(e) for e in self.rows]}
+
+
+def _row(e: Evaluation, *, compared: bool) -> list[str]:
+    cells = [e.name, f"{e.expert_bits:.2f}", f"{e.size.experts / 1e6:.2f}", _with_error(e.perplexity)]
+    if compared:
+        cells += [""] * 6 if e.divergence is None else _divergence_cells(e.divergence, e.mean_router_agreement)
+    return [*cells, f"{e.tokens_per_second:.0f}"]
+
+
+def _divergence_cells(d: Divergence, router: float | None) -> list[str]:
+    return [
+        _with_error(d.ln_ratio, sign="+"),
+        _with_error(d.kl),
+        f"{d.kl_percentiles[99.0]:.4f}",
+        _with_error(d.rms_delta_p, scale=100),
+        _with_error(d.same_top, scale=100),
+        "" if router is None else f"{router * 100:.2f}",
+    ]
+
+
+def _with_error(e: Estimate, *, scale: float = 1, sign: str = "-") -> str:
+    """``value ± error`` with two significant digits of the error, and the value to the same digit."""
+    value, error = e.value * scale, e.stderr * scale
+    digits = 4 if not error > 0 else min(8, max(0, 1 - int(f"{error:.0e}".split("e")[1])))
+    return f"{value:{sign}.{digits}f} ± {error:.{digits}f}"
+
+
+def _record(e: Evaluation) -> dict[str, Any]:
+    d = e.divergence
+    record: dict[str, Any] = {
+        "scheme": e.name,
+        "tokens": e.tokens,
+        "expert_bits": e.expert_bits,
+        "model_bits": e.model_bits,
+        "expert_bytes": e.size.experts,
+        "model_bytes": e.size.model,
+        "perplexity": e.perplexity.value,
+        "perplexity_stderr": e.perplexity.stderr,
+    }
+    for name in ("ln_ratio", "kl", "delta_p", "rms_delta_p", "same_top"):
+        estimate: Estimate | None = getattr(d, name) if d else None
+        record[name] = estimate.value if estimate else None
+        record[f"{name}_stderr"] = estimate.stderr if estimate else None
+    for percentile in PERCENTILES:
+        record[f"kl_{percentile:g}"] = d.kl_percentiles[percentile] if d else None
+    return {
+        **record,
+        "router_agreement": e.mean_router_agreement,
+        "seconds": e.seconds,
+        "tokens_per_second": e.tokens_per_second,
+    }

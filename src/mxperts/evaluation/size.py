@@ -1,0 +1,55 @@
+"""How many bytes a model's weights take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxperts.evaluation.router import experts_modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Bytes of a model in memory: parameters and buffers, whatever they are stored as, each storage counted once.
+
+    Attributes:
+        experts: of the experts modules alone.
+        model: of the whole model.
+    """
+
+    experts: int
+    model: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Size:
+        """Count."""
+        modules = experts_modules(model).values()
+        return cls(experts=_nbytes(t for m in modules for t in _tensors(m)), model=_nbytes(_tensors(model)))
+
+
+def values(model: Any) -> Size:
+    """As ``Size.of``, but numbers of values instead of bytes, whatever the model's weights are stored as.
+
+    They are counted in an unquantised model of the same class and configuration, which takes no memory.
+    """
+    with torch.device("meta"):
+        unquantized = type(model)(copy.deepcopy(model.config))
+    modules = experts_modules(unquantized).values()
+    return Size(
+        experts=sum(t.numel() for m in modules for t in m.parameters()),
+        model=sum(t.numel() for t in unquantized.parameters()),
+    )
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum({t.data_ptr(): t.nbytes for t in tensors if t.numel()}.values())

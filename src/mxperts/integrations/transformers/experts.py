@@ -1,0 +1,257 @@
+"""The experts implementation that Transformers' experts interface calls: packed weights through ``fused_experts``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mxperts.formats import FP8_STATIC, Activation, BlockFormat
+from mxperts.integrations.transformers.gate import Gate, recognize
+from mxperts.integrations.transformers.linear import StoredLinear, as_mx
+from mxperts.ops.experts import fused_experts
+from mxperts.ops.linear import mx_linear
+from mxperts.tensor import MXTensor
+
+ExpertsModule: TypeAlias = Any
+"""A module on Transformers' experts interface, whose decorator gives it ``num_experts``, ``has_gate`` and so on."""
+
+IMPLEMENTATION = "mxperts"
+"""The name under which the implementation is registered, as ``experts_implementation``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedProjection:
+    """One projection of all experts.
+
+    Attributes:
+        format: of the weights.
+        k: values in a row.
+        codes, scales: what the module calls the two parameters.
+    """
+
+    format: BlockFormat
+    k: int
+    codes: str
+    scales: str
+
+
+@dataclass(kw_only=True)
+class Stacked:
+    """How to run an experts module whose projections are one packed parameter each.
+
+    Attributes:
+        up, down: the projections.
+        activation: what both projections' inputs are quantised to.
+        interleaved: whether the rows of gate and up alternate.
+        backend: "auto" or a backend's name.
+        gate: the module's activation function, or None for one that only the module itself can compute.
+    """
+
+    up: PackedProjection
+    down: PackedProjection
+    activation: Activation
+    interleaved: bool
+    backend: str
+    gate: Gate | None = None
+
+
+@dataclass(kw_only=True)
+class Apart:
+    """How to run an experts module whose experts differ in format: a module of linear layers each, named by number.
+
+    Attributes:
+        up, down: what the linear layers are called; gate and up may be two.
+        gate: as in ``Stacked``.
+    """
+
+    up: tuple[str, ...]
+    down: tuple[str, ...]
+    gate: Gate | None = None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is on Transformers' experts interface."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+
+
+def up_projection(module: ExpertsModule) -> str:
+    """What the module calls its first projection."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def projection_shapes(module: ExpertsModule) -> dict[str, tuple[int, int]]:
+    """Rows N and columns K of an unquantised module's projections, by parameter: the first, then the second."""
+    shapes = {}
+    for name in (up_projection(module), "down_proj"):
+        _, rows, columns = getattr(module, name).shape
+        shapes[name] = (columns, rows) if module.is_transposed else (rows, columns)
+    return shapes
+
+
+def _has_norm(module: ExpertsModule) -> bool:
+    """Whether each expert's output is normalised; Transformers < 5.20 has no such models."""
+    return bool(getattr(module, "has_post_expert_norm", False))
+
+
+def mx_experts(model: nn.Module) -> Iterator[tuple[str, ExpertsModule]]:
+    """Name and module of every experts module that mxperts runs."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "mxperts", None), Stacked | Apart):
+            yield name, module
+
+
+def mx_weight(module: ExpertsModule, projection: PackedProjection) -> MXTensor:
+    """A packed projection of an experts module as an MXTensor [E, N, K]; shares memory with its parameters."""
+    codes, scales = getattr(module, projection.codes), getattr(module, projection.scales)
+    return as_mx(codes, scales, projection.format, projection.k)
+
+
+def experts_forward(module: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """One experts layer, as Transformers' experts interface calls it.
+
+    Args:
+        module: an experts module; one without packed weights runs Transformers' own grouped implementation.
+        hidden_states: [T, H].
+        top_k_index: [T, k]; ids >= E belong to other processes.
+        top_k_weights: [T, k].
+
+    Returns:
+        [T, H].
+    """
+    packed: Stacked | Apart | None = getattr(module, "mxperts", None)
+    if packed is None:
+        stock: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+        return stock(module, hidden_states, top_k_index, top_k_weights)
+    top_k_index = top_k_index.masked_fill(top_k_index >= module.num_experts, -1)
+    if isinstance(packed, Stacked) and packed.gate is not None and not _has_norm(module):
+        return _fused(module, packed, packed.gate, hidden_states, top_k_index, top_k_weights)
+    return _one_by_one(module, packed, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def recognize_gate(module: ExpertsModule) -> None:
+    """Find out which activation function a module computes, once it is loaded."""
+    module.mxperts.gate = recognize(module)
+
+
+def _fused(
+    module: ExpertsModule,
+    packed: Stacked,
+    gate: Gate,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    return fused_experts(
+        hidden_states,
+        mx_weight(module, packed.up),
+        mx_weight(module, packed.down),
+        top_k_index,
+        top_k_weights,
+        activation=gate.name,
+        activation_format=packed.activation,
+        gate_up_bias=getattr(module, f"{up_projection(module)}_bias", None),
+        down_bias=getattr(module, "down_proj_bias", None),
+        interleaved=packed.interleaved,
+        input_scales=_input_scales(module, packed),
+        backend=packed.backend,
+        **gate.constants,
+    )
+
+
+def _input_scales(module: ExpertsModule, packed: Stacked) -> tuple[Tensor, Tensor] | None:
+    """Static fp8: one scale a projection, the largest of all experts' (and of gate's and up's), as vLLM takes it."""
+    if packed.activation != FP8_STATIC:
+        return None
+    up, down = (getattr(module, f"{name}_input_scale") for name in (up_projection(module), "down_proj"))
+    return up.max().float(), down.max().float()
+
+
+def _one_by_one(
+    module: ExpertsModule, packed: Stacked | Apart, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The same contract with a linear operation for each projection of each expert that is hit.
+
+    For experts of several formats, and for models whose activation function only they themselves can compute.
+    """
+    total = torch.zeros_like(hidden_states, dtype=torch.float32)  # [T, H]
+    weights = top_k_weights.to(torch.float32)
+    for expert in top_k_index[top_k_index >= 0].unique().tolist():
+        token, slot = torch.nonzero(top_k_index == expert, as_tuple=True)
+        up, down = _projections(module, packed, expert)
+        h = up(hidden_states[token], hidden_states.dtype)
+        a = _activate(module, packed.gate, h)
+        y = down(a, torch.float32)
+        if _has_norm(module):
+            y = module.post_expert_norm(y.to(hidden_states.dtype)).to(torch.float32)
+        total.index_add_(0, token, y * weights[token, slot].unsqueeze(-1))
+    return total.to(hidden_states.dtype)
+
+
+def _activate(module: ExpertsModule, gate: Gate | None, h: Tensor) -> Tensor:
+    if gate is not None:
+        return gate.apply(h, interleaved=not module.is_concatenated)
+    own: Tensor = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    return own
+
+
+_Linear = Callable[[Tensor, torch.dtype], Tensor]
+
+
+def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) -> tuple[_Linear, _Linear]:
+    """Both projections of one expert, as functions of the input and the output's dtype.
+
+    The first gives gate and up in the order in which the module's own ``_apply_gate`` takes them.
+    """
+    if isinstance(packed, Apart):
+        linears = module.get_submodule(str(expert))
+        parts = [linears.get_submodule(name) for name in packed.up]
+        (down,) = (linears.get_submodule(name) for name in packed.down)
+
+        def first(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return _in_order(module, [_linear(part, x, dtype) for part in parts])
+
+        return first, lambda x, dtype: _linear(down, x, dtype)
+
+    scales = _input_scales(module, packed) or (None, None)
+
+    def packed_linear(projection: PackedProjection, name: str, scale: Tensor | None) -> _Linear:
+        bias = getattr(module, f"{name}_bias", None)
+        weight = mx_weight(module, projection)[expert]
+        return lambda x, dtype: mx_linear(
+            x,
+            weight,
+            None if bias is None else bias[expert],
+            activation=packed.activation,
+            input_scale=scale,
+            out_dtype=dtype,
+            backend=packed.backend,
+        )
+
+    up = packed_linear(packed.up, up_projection(module), scales[0])
+    if module.has_gate and packed.interleaved == module.is_concatenated:
+        whole = up
+        up = lambda x, dtype: _in_order(module, list(whole(x, dtype).chunk(2, dim=-1)))  # noqa: E731
+    return up, packed_linear(packed.down, "down_proj", scales[1])
+
+
+def _in_order(module: ExpertsModule, parts: list[Tensor]) -> Tensor:
+    """Gate and up as the module wants them: one after the other, or alternating."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim=-1) if module.is_concatenated else torch.stack(parts, dim=-1).flatten(-2)
+
+
+def _linear(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A linear layer's output, rounded once to ``dtype``."""
+    if isinstance(linear, StoredLinear):
+        return linear.forward(x, dtype)
+    assert isinstance(linear, nn.Linear)
+    return mx_linear(x, linear.weight, linear.bias, out_dtype=dtype)

@@ -1,0 +1,83 @@
+"""A linear layer whose parameters are named, typed and shaped as the checkpoint stores them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mxperts.formats import FP8_STATIC, Activation, BlockFormat
+from mxperts.integrations.transformers.parameters import add_parameter
+from mxperts.ops.linear import mx_linear
+from mxperts.tensor import MXTensor
+
+
+def as_mx(codes: Tensor, scales: Tensor, fmt: BlockFormat, k: int) -> MXTensor:
+    """Stored codes and scales as an MXTensor [..., N, K] that shares their memory where it can.
+
+    Args:
+        codes: [..., N, P] of any one-byte dtype, or [..., N, K/32, 16] as gpt-oss stores them.
+        scales: [..., N, K/32], or [..., ceil(N / R), K/32] where R rows share theirs.
+        fmt: the block format.
+        k: values in a row.
+    """
+    if codes.ndim == scales.ndim + 1:
+        codes = codes.flatten(-2)
+    rows, stored = codes.shape[-2], scales.shape[-2]
+    if stored != rows:
+        scales = scales.view(torch.uint8).repeat_interleave(-(-rows // stored), dim=-2)[..., :rows, :]
+    return MXTensor.from_packed(codes, scales, fmt, k=k)
+
+
+class StoredLinear(nn.Module):
+    """A linear layer with a packed weight.
+
+    Args:
+        like: the layer it replaces; its bias is kept.
+        fmt: format of the weight.
+        activation: what the input is quantised to.
+        codes: name, shape and dtype of the codes' parameter; scales likewise.
+        input_scale: shape and dtype of the static fp8 input scale, if there is one.
+        backend: "auto" or a backend's name.
+    """
+
+    def __init__(
+        self,
+        like: nn.Linear,
+        fmt: BlockFormat,
+        activation: Activation,
+        *,
+        codes: tuple[str, tuple[int, ...], torch.dtype],
+        scales: tuple[str, tuple[int, ...], torch.dtype],
+        input_scale: tuple[tuple[int, ...], torch.dtype] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.format, self.activation, self.backend = fmt, activation, backend
+        self.codes, self.scales = codes[0], scales[0]
+        for name, shape, dtype in (codes, scales):
+            add_parameter(self, name, shape, dtype)
+        if input_scale is not None:
+            add_parameter(self, "input_scale", *input_scale)
+        self.bias = like.bias
+
+    def mx_weight(self) -> MXTensor:
+        """The weight [N, K]; shares memory with the parameters."""
+        return as_mx(getattr(self, self.codes), getattr(self, self.scales), self.format, self.in_features)
+
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """``mx_linear`` of ``x`` [..., K]: [..., N] in ``out_dtype``, by default that of ``x``."""
+        return mx_linear(
+            x,
+            self.mx_weight(),
+            self.bias,
+            activation=self.activation,
+            input_scale=self.get_parameter("input_scale").float() if self.activation == FP8_STATIC else None,
+            out_dtype=out_dtype,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """For ``print``."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, format={self.format}, activation={self.activation}"

@@ -1,0 +1,113 @@
+"""``load`` and ``install``: MX checkpoints in Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import auto, register_quantization_config, register_quantizer
+
+from mxperts.checkpoint import LAYOUTS, Checkpoint, ModelScheme, Rule, is_mx, quark
+from mxperts.errors import ArgumentError
+from mxperts.formats import Scheme
+from mxperts.integrations.transformers.config import QUANT_METHOD, MXConfig
+from mxperts.integrations.transformers.quantizer import MXQuantizer
+from mxperts.ops.dispatch import explain
+from mxperts.quantization.checkpoint import ALWAYS_EXCLUDED, DEFAULT_EXCLUDE
+
+register_quantization_config(QUANT_METHOD)(MXConfig)
+register_quantizer(QUANT_METHOD)(MXQuantizer)
+
+CONFIG_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Arguments of ``from_pretrained`` that say where a checkpoint is, and so where its config is."""
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    scheme: Scheme | str | None = None,
+    exclude: Iterable[str] | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a causal language model with its MX weights packed, or quantise one while it loads.
+
+    Args:
+        path_or_id: a folder, or a model's id on the Hugging Face hub.
+        scheme: quantise an unquantised checkpoint to this, such as "w_mxfp4_a_mxfp6_e2m3"; needs transformers >= 5.23.
+        exclude: with ``scheme``, modules to leave alone: names, globs, or ``re:`` and a regular expression; by default all
+            but the projections of experts and MLPs, as in ``quantize_checkpoint``.
+        backend: what runs the quantised modules: "auto" or a backend's name.
+        dtype: of everything that is not quantised, and of hidden states; "auto" takes the checkpoint's.
+        **kwargs: for Transformers' ``from_pretrained``.
+
+    Returns:
+        A Transformers model. Every quantised weight stays packed, and inputs are quantised as the checkpoint or the
+        scheme says. ``save_pretrained`` writes the same bytes back.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its config says something that is not supported.
+        ArgumentError: ``scheme`` for a checkpoint that is quantised already, or ``exclude`` without ``scheme``.
+        BackendUnavailable: the backend cannot run here; or quantising while loading with too old a Transformers.
+    """
+    if scheme is None and exclude is not None:
+        raise ArgumentError("exclude is of use only with scheme: a quantised checkpoint says itself what is quantised")
+    explain(backend=backend)  # an unknown or unavailable backend is refused before anything is read
+    config = AutoConfig.from_pretrained(path_or_id, **{k: kwargs[k] for k in CONFIG_OPTIONS if k in kwargs})
+    found = getattr(config, "quantization_config", None)
+    if scheme is not None:
+        if found is not None:
+            raise ArgumentError(
+                f"{path_or_id} is quantised already (quant_method {found.get('quant_method')!r}); leave scheme out"
+            )
+        kwargs["quantization_config"] = MXConfig(on_the_fly(Scheme(scheme), exclude), backend)
+    elif found is not None and is_mx(found):
+        if Path(path_or_id).is_dir():
+            Checkpoint.open(path_or_id)  # says what is wrong with a damaged checkpoint, from its headers
+        config.quantization_config = MXConfig.wrap(found, backend)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path_or_id, config=config, dtype=dtype, **kwargs)
+    return model
+
+
+def on_the_fly(scheme: Scheme, exclude: Iterable[str] | None) -> ModelScheme:
+    """Quantise everything but what ``exclude`` names, as a checkpoint in AMD Quark's layout would say it."""
+    patterns = [*ALWAYS_EXCLUDED, *(DEFAULT_EXCLUDE if exclude is None else exclude)]
+    rules = [*(Rule(pattern=p, scheme=Scheme("none")) for p in patterns), Rule(pattern="*", scheme=scheme)]
+    return ModelScheme(layout=quark.NAME, names=quark.NAMES, rules=rules, config=quark.write(rules))
+
+
+def install() -> None:
+    """Have Transformers' own ``from_pretrained`` load MX checkpoints through mxperts.
+
+    Checkpoints of AMD Quark, compressed-tensors and gpt-oss whose weights are in MX formats are taken over; all others,
+    such as integer formats of the same software, are left to Transformers. Calling it again changes nothing.
+    """
+    for method in LAYOUTS:
+        stock = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        if not issubclass(stock, _TakenOver):
+            # Transformers compares these classes by name, so ours keeps that of the one it stands in for.
+            ours = type(stock.__name__, (_TakenOver, stock), {"stock": stock})
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = ours
+
+
+class _TakenOver:
+    """Mixed into Transformers' own class for a ``quant_method``: MX configs become ours."""
+
+    stock: type
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        return (MXConfig if is_mx(config_dict) else cls.stock).from_dict(config_dict, **kwargs)  # type: ignore[attr-defined]

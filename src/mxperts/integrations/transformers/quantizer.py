@@ -1,0 +1,103 @@
+"""The quantiser that Transformers calls while it loads a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.quantizers.base import HfQuantizer
+
+from mxperts.errors import BackendUnavailable
+from mxperts.integrations.transformers.config import MXConfig
+from mxperts.integrations.transformers.experts import IMPLEMENTATION, mx_experts, recognize_gate
+from mxperts.integrations.transformers.on_the_fly import (
+    QuantizeOnLoad,
+    Target,
+    prepare_for_quantization,
+    saving_conversions,
+)
+from mxperts.integrations.transformers.prepacked import prepare_for_packed
+from mxperts.integrations.transformers.unpacked import unpack_after_loading
+
+ON_THE_FLY_SINCE = "5.23"
+"""Earlier versions of Transformers cast a weight to its parameter's uint8 before they let a quantiser see it."""
+
+
+class MXQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Gives modules packed parameters before loading, and says which stored tensors they are made of."""
+
+    requires_calibration = False
+    # Suffixes of parameters that are sharded as the one they belong to is.
+    serialized_names = {"": ["", "_packed", "_blocks", "_scale", "_scales"]}  # noqa: RUF012 - the base class's form
+
+    def __init__(self, quantization_config: MXConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.converters: list[WeightConverter] = []
+        self.to_quantize: dict[str, Target] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what this version of Transformers cannot do.
+
+        Raises:
+            BackendUnavailable: on-the-fly quantisation with a version that would do it wrong.
+        """
+        if not self.pre_quantized and Version(transformers.__version__) < Version(ON_THE_FLY_SINCE):
+            raise BackendUnavailable(
+                f"quantising while loading needs transformers >= {ON_THE_FLY_SINCE}, not {transformers.__version__}, "
+                "which casts weights to uint8 first. Upgrade, or quantise the checkpoint with `mxperts quantize`"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config: MXConfig = self.quantization_config
+        if self.pre_quantized:
+            self.converters = prepare_for_packed(model, checkpoint_files or [], config.scheme, config.backend)
+        else:
+            self.converters, self.to_quantize = prepare_for_quantization(model, config.scheme, config.backend)
+        model.set_experts_implementation(IMPLEMENTATION)
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: Any | None = None
+    ) -> list[WeightTransform]:
+        """Our conversions before the model's own; Transformers takes the first that matches a tensor's name."""
+        return [*self.converters, *weight_conversions] if self.pre_quantized else weight_conversions
+
+    def get_new_dtype(self, converter: object, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Numbers are cast to the model's dtype, codes and scales stay the bytes they are."""
+        if hasattr(param, "get_dtype"):
+            return dtype if param.get_dtype() in ("F64", "F32", "F16", "BF16") else None
+        return dtype if param.is_floating_point() and param.element_size() > 1 else None
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is to be quantised while it is loaded."""
+        return param_name in self.to_quantize
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The conversion that quantises one parameter."""
+        return QuantizeOnLoad(self.to_quantize)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            # Transformers < 5.23 does not cast a tensor that it renames.
+            parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
+        for _, module in mx_experts(model):
+            recognize_gate(module)
+        unpack_after_loading(model)
+        if not self.pre_quantized:
+            model._weight_conversions = saving_conversions(model._weight_conversions, self.converters)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether ``save_pretrained`` works; it writes the tensors as they were read."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the packed weights can be trained."""
+        return False

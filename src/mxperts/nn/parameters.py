@@ -1,0 +1,61 @@
+"""Parameters of the modules: packed weights and scales, which nothing trains or converts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mxperts.formats import BlockFormat
+from mxperts.ops.prepare import Weight
+from mxperts.tensor import MXTensor
+
+
+class FrozenModule(nn.Module):
+    """A module without trainable parameters whose input scales stay float32 through ``half()`` and ``to(dtype)``."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModule:
+        scales = [
+            (name, p.detach()) for name, p in self.named_parameters(recurse=False) if name.endswith("input_scale")
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in scales:
+            converted = getattr(self, name)
+            if converted.dtype is not scale.dtype:
+                setattr(self, name, frozen(scale.to(converted.device)))
+        return self
+
+    def set_weight(self, name: str, weight: Weight) -> None:
+        """Register packed codes as ``name`` and scales as ``name_scale``, or a dense weight as ``name``, uncopied."""
+        if isinstance(weight, MXTensor):
+            self.register_parameter(name, frozen(weight.packed))
+            self.register_parameter(f"{name}_scale", frozen(weight.scales))
+        else:
+            self.register_parameter(name, frozen(weight.detach()))
+
+    def get_weight(self, name: str, fmt: BlockFormat | None, k: int) -> Weight:
+        """What ``set_weight`` was given."""
+        tensor: Tensor = getattr(self, name)
+        return tensor if fmt is None else MXTensor(tensor, getattr(self, f"{name}_scale"), fmt, k)
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter without a gradient."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def zero_weight(
+    fmt: BlockFormat | None, *shape: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Weight:
+    """A weight of zeros; ``dtype`` is that of a dense one."""
+    *rows, k = shape
+    if fmt is None:
+        return torch.zeros(shape, device=device, dtype=dtype)
+    packed = torch.zeros(*rows, fmt.packed_size(k), device=device, dtype=torch.uint8)
+    return MXTensor(packed, torch.zeros(*rows, fmt.blocks(k), device=device, dtype=torch.uint8), fmt, k)
+
+
+def unset_scale(device: torch.device | str | None) -> Tensor:
+    """An input scale that is yet to be loaded: NaN, which the operations refuse."""
+    return torch.full((), torch.nan, device=device, dtype=torch.float32)

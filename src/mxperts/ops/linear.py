@@ -1,0 +1,120 @@
+"""mx_linear: a linear layer with a quantised weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mxperts.errors import ArgumentError
+from mxperts.formats import FP8_STATIC, Activation, parse_activation
+from mxperts.formats import format as lookup
+from mxperts.ops.dispatch import Problem, run
+from mxperts.ops.experts import InputScale, as_input_scale, check_scale_values
+from mxperts.ops.prepare import Weight, canonical_tensors, check_weight, weight_format
+from mxperts.ops.quantize import FLOAT_DTYPES
+
+
+def mx_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    input_scale: InputScale | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``x @ weight.T + bias``: ``x`` quantised to ``activation`` and back, exact products, one rounding at the end.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        weight: [N, K], an MXTensor or a dense float tensor; rounded to the dtype of ``x``.
+        bias: float [N], used as float32.
+        activation: what ``x`` is quantised to: None, a block format or its name, "fp8_static" (also "fp8") or
+            "fp8_dynamic" (E4M3, one scale a token).
+        input_scale: for static fp8, the scale of ``x``: a number or a float tensor with one element.
+        out_dtype: what the result is rounded to, float32, bfloat16 or float16; None stands for the dtype of ``x``.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        [..., N] in ``out_dtype``.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value that does not fit; the value of a scale is looked at only on CPU.
+        FormatError: unknown activation format.
+        BackendUnavailable: the named backend cannot run here.
+    """
+    if not isinstance(x, Tensor):
+        raise ArgumentError(f"x must be a torch.Tensor, not {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ArgumentError(f"x must be float32, bfloat16 or float16, not {x.dtype}")
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise ArgumentError(f"out_dtype must be float32, bfloat16 or float16, not {out_dtype}")
+    check_weight(weight, "weight", "[N, K]", ndim=2)
+    rows, k = weight.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ArgumentError(f"x must have shape [..., {k}] for a weight of shape {(rows, k)}, not {tuple(x.shape)}")
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise ArgumentError(f"bias must be a float tensor, not {bias.dtype}")
+        if tuple(bias.shape) != (rows,):
+            raise ArgumentError(f"bias must have shape {(rows,)}, not {tuple(bias.shape)}")
+    for name, device in (("weight", weight.device), ("bias", None if bias is None else bias.device)):
+        if device not in (None, x.device):
+            raise ArgumentError(f"{name} is on {device} but x on {x.device}; move one of them")
+    activation = parse_activation(activation)
+    if (activation == FP8_STATIC) != (input_scale is not None):
+        raise ArgumentError(
+            "activation='fp8_static' needs input_scale; 'fp8_dynamic' finds its own"
+            if input_scale is None
+            else f"input_scale is of use only with activation='fp8_static', not {activation}"
+        )
+    scale = None if input_scale is None else as_input_scale(input_scale, "input_scale", 1, x.device)
+    fmt = weight_format(weight)
+    y: Tensor = _mx_linear_op(
+        x,
+        canonical_tensors(weight),
+        "" if fmt is None else fmt.name,
+        bias,
+        "" if activation is None else str(activation),
+        scale,
+        out_dtype or x.dtype,
+        backend,
+    )
+    return y
+
+
+@torch.library.custom_op("mxperts::mx_linear", mutates_args=())
+def _mx_linear_op(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    bias: Tensor | None,
+    activation: str,
+    input_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    if input_scale is not None and x.device.type == "cpu":
+        check_scale_values(input_scale, "input_scale")
+    f = lookup(fmt) if fmt else None
+    a = parse_activation(activation or None)
+    problem = Problem(op="mx_linear", device=x.device, dtype=x.dtype, weight=f, activation=a)
+    y: Tensor = run(backend, problem, x, weight, f, bias, a, input_scale, out_dtype)
+    return y
+
+
+@_mx_linear_op.register_fake
+def _(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    bias: Tensor | None,
+    activation: str,
+    input_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight[0].shape[0]), dtype=out_dtype)

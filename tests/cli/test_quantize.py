@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from mxperts.checkpoint import Checkpoint
+from mxperts.cli.quantize import Progress, quantize
+
+SOURCE = Path(__file__).parent.parent / "fixtures" / "checkpoints" / "bf16-qwen3_moe"
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(quantize)
+
+
+def test_quantizes_and_reports(runner: CliRunner, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    result = runner.invoke(
+        app, [str(SOURCE), str(dst), "--scheme", "w4a4", "--preset", "quark", "--scale-rule", "even"]
+    )
+    assert result.exit_code == 0, result.output
+    assert len(Checkpoint.open(dst).mx) == 12
+    assert "| experts |     0.049 |    0.013 |   3.76x |" in result.stdout
+    assert "w_mxfp4_a_mxfp4: 12 layers quantised" in result.stdout
+
+
+def test_exclude_and_layer(runner: CliRunner, tmp_path: Path) -> None:
+    options = ["--exclude", "lm_head", "--exclude", "*self_attn*", "--layer", "*experts.1.*=mxfp6_e2m3"]
+    result = runner.invoke(app, [str(SOURCE), str(tmp_path / "dst"), "--scheme", "mxfp4", *options, "-o", "json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert "model.layers.0.self_attn.q_proj" in document["excluded"]
+    schemes = {str(m.scheme) for m in Checkpoint.open(tmp_path / "dst").mx.values()}
+    assert schemes == {"w_mxfp4_a_mxfp4", "w_mxfp6_e2m3_a_mxfp6_e2m3"}
+
+
+def test_dry_run_writes_nothing(runner: CliRunner, tmp_path: Path) -> None:
+    result = runner.invoke(app, [str(SOURCE), str(tmp_path / "dst"), "--dry-run", "--output", "csv"])
+    assert result.exit_code == 0, result.output
+    (experts, *_) = csv.DictReader(io.StringIO(result.stdout))
+    assert experts == {"kind": "experts", "bytes_before": "49152", "bytes_after": "13056"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_says_that_it_goes_on(runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Progress, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "__call__", interrupt)
+        result = runner.invoke(app, [str(SOURCE), str(tmp_path / "dst")])
+    assert result.exit_code != 0
+    assert "the same command goes on from" in result.stderr
+    result = runner.invoke(app, [str(SOURCE), str(tmp_path / "dst")])
+    assert result.exit_code == 0, result.output
+    assert "going on from" in result.stderr
+
+
+def test_usage_errors(runner: CliRunner, tmp_path: Path) -> None:
+    for arguments in ([], [str(tmp_path / "nothing"), "dst"], [str(SOURCE), "dst", "--layer", "mxfp4"]):
+        assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, 0.0, 1.0, 10.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    progress = Progress()
+    for done in (0, 10**9, 5 * 10**9):
+        progress(done, 10**10)
+    assert capsys.readouterr().err == "5.00 of 10.00 GB, about 10 s left\n"

@@ -1,0 +1,358 @@
+"""MX checkpoints in Transformers: real exporters' files load, stay packed, and give the numbers of the contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+import mxperts as mx
+from mxperts.checkpoint import Checkpoint
+from mxperts.checkpoint.names import split_expert
+from mxperts.formats import FP8_STATIC
+from mxperts.integrations.transformers import MXConfig, mx_experts
+from mxperts.integrations.transformers.experts import Apart, Stacked, mx_weight
+from mxperts.integrations.transformers.gate import recognize
+from mxperts.integrations.transformers.linear import StoredLinear
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints"
+REFUSED = {
+    "compressed_tensors-qwen3_moe-mxfp4xfp8": "input_activations.group_size is 128",
+    "llmcompressor-gpt_oss-mxfp4-file-unusable": "the projections do not fit together",
+}
+"""Checkpoints that nobody can run as their config says, and what is said of them."""
+LOADABLE = [
+    path.name
+    for path in sorted(FIXTURES.iterdir())
+    if path.is_dir() and not path.name.startswith("bf16-") and path.name not in REFUSED
+]
+OTHER_ACTIVATIONS = {
+    # Quark runs each linear layer with its own input scale; the contract, like vLLM, takes the largest of all experts.
+    "quark-gpt_oss-mxfp4_fp8",
+    "quark-qwen3_moe-mxfp4_fp8",
+    # Quark quantises these inputs with float scales, although the weights' are E8M0; the contract has MXFP8.
+    "quark-qwen3_moe-mxfp8_block1x32-file",
+    "quark-qwen3_moe-mxfp8_block32x32-file",
+}
+"""Checkpoints whose activations the exporter's own forward pass quantises in another way."""
+ROUNDINGS = 16
+"""A float32 forward pass of two layers in another order of summation differs by this many roundings, at most."""
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bytes_of(a), bytes_of(b))
+
+
+def bytes_of(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", LOADABLE)
+def test_loads_packed_and_is_saved_as_it_was(name: str, tmp_path: Path) -> None:
+    model, info = mx.load(FIXTURES / name, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+
+    stored = Checkpoint.open(FIXTURES / name)
+    packed = {path: module for path, module in mx_experts(model)}
+    assert packed
+    for module in packed.values():
+        assert not hasattr(module, "gate_up_proj") or module.gate_up_proj.element_size() == 1
+    experts = sum(p.nbytes for m in packed.values() for n, p in m.named_parameters() if "bias" not in n)
+    on_disk = sum(
+        stored.info(t).nbytes
+        for t in stored.names
+        if "experts" in t
+        and "shared_experts" not in t
+        and not t.endswith("bias")
+        and any(p.removeprefix("model.") in stored_path(t) for p in packed)
+    )
+    assert experts == on_disk
+
+    model.save_pretrained(tmp_path)
+    before, after = stored_tensors(FIXTURES / name), stored_tensors(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(same_bytes(before[t], after[t]) for t in before)
+    configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (FIXTURES / name, tmp_path)]
+    assert configs[0] == configs[1]
+
+
+def stored_path(tensor: str) -> str:
+    """The tensor's name as the models spell it."""
+    return tensor.replace("block_sparse_moe", "mlp")
+
+
+@pytest.mark.parametrize("name", [n for n in LOADABLE if (FIXTURES / n / "expected.safetensors").exists()])
+def test_logits_are_those_of_the_exporter(name: str) -> None:
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    if "logits" not in expected or name in OTHER_ACTIVATIONS:
+        pytest.skip("the exporter's software cannot run it, or quantises its activations in another way")
+    model = mx.load(FIXTURES / name, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(expected["input_ids"]).logits
+    bound = ROUNDINGS * torch.finfo(torch.float32).eps * expected["logits"].abs().max()
+    assert (logits - expected["logits"]).abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in LOADABLE]
+    + [(f"quark-{family}-mxfp4", torch.bfloat16) for family in ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")],
+)
+def test_experts_are_bit_equal_to_the_operation_on_the_stored_bytes(name: str, dtype: torch.dtype) -> None:
+    """What reaches and leaves every experts module, against ``fused_experts`` on weights read another way."""
+    model = mx.load(FIXTURES / name, dtype=dtype)
+    seen: dict[str, tuple[Any, ...]] = {}
+    for path, module in mx_experts(model):
+        module.register_forward_hook(lambda m, args, out, path=path: seen.__setitem__(path, (*args, out)))
+    with torch.no_grad():
+        model(tokens())
+    stored = Checkpoint.open(FIXTURES / name)
+    for path, module in mx_experts(model):
+        if isinstance(module.mxperts, Apart) or module.mxperts.activation == FP8_STATIC:
+            continue
+        x, ids, weights, out = seen[path]
+        up, down = independent_weights(stored, path, module)
+        packed: Stacked = module.mxperts
+        assert packed.gate is not None
+        expected = mx.fused_experts(
+            x,
+            up,
+            down,
+            ids,
+            weights,
+            activation=packed.gate.name,
+            activation_format=packed.activation,
+            gate_up_bias=getattr(module, "gate_up_proj_bias", None),
+            down_bias=getattr(module, "down_proj_bias", None),
+            interleaved=packed.interleaved,
+            backend="reference",
+            **packed.gate.constants,
+        )
+        assert torch.equal(bytes_of(out), bytes_of(expected))
+
+
+def independent_weights(stored: Checkpoint, path: str, module: Any) -> tuple[mx.MXTensor, mx.MXTensor]:
+    """The two projections of one layer, read tensor by tensor with the checkpoint reader."""
+    layer = path.removeprefix("model.").split(".mlp")[0].split(".block_sparse_moe")[0]
+    found: dict[str, list[tuple[int, mx.MXTensor]]] = {"gate": [], "up": [], "both": [], "down": []}
+    roles = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "gate_up_proj": "both"}
+    for name in stored.mx:
+        if f"{layer}." not in name or "shared" in name or ".experts" not in name:
+            continue
+        expert = split_expert(name)
+        if expert is None:  # gpt-oss: all experts in one
+            role = "down" if name.endswith("down_proj") else "both"
+            found[role] = [(e, stored.mx_tensor(name)[e]) for e in range(module.num_experts)]
+        else:
+            found[roles.get(expert[2], "down")].append((expert[1], stored.mx_tensor(name)))
+
+    def stack(*groups: list[tuple[int, mx.MXTensor]]) -> mx.MXTensor:
+        """One tensor of all experts, the rows of several projections one after the other."""
+        rows = [
+            (torch.cat([t.codes() for t in parts]), torch.cat([t.scales for t in parts]))
+            for e in range(module.num_experts)
+            for parts in [[t for group in groups for index, t in group if index == e]]
+        ]
+        fmt = next(t.format for group in groups for _, t in group)
+        return mx.MXTensor.from_codes(torch.stack([c for c, _ in rows]), torch.stack([s for _, s in rows]), fmt)
+
+    return stack(found["gate"], found["up"], found["both"]), stack(found["down"])
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_checkpoints_that_cannot_be_run_are_refused(name: str) -> None:
+    with pytest.raises(mx.CheckpointError, match=REFUSED[name]):
+        mx.load(FIXTURES / name)
+
+
+def test_bytes_of_mxfp4_experts() -> None:
+    model = mx.load(FIXTURES / "quark-qwen3_moe-mxfp4")
+    dense = mx.load(FIXTURES / "bf16-qwen3_moe")
+    packed = sum(mx_weight(m, p).nbytes for _, m in mx_experts(model) for p in (m.mxperts.up, m.mxperts.down))
+    expanded = sum(p.nbytes for n, p in dense.named_parameters() if ".experts." in n)
+    assert packed / expanded <= 0.28
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe", "olmoe"])
+def test_quantising_while_loading_equals_the_exporter(family: str, tmp_path: Path) -> None:
+    """The same bf16 model through amd-quark, and quantised here while it loads: bytes, logits, and once more from disk."""
+    offline = mx.load(FIXTURES / f"quark-{family}-mxfp4", dtype=torch.float32)
+    exclude = offline.config.quantization_config.to_dict()["exclude"]
+    model = mx.load(FIXTURES / f"bf16-{family}", scheme="w_mxfp4_a_mxfp4", exclude=exclude, dtype=torch.float32)
+    for (_, ours), (_, theirs) in zip(mx_experts(model), mx_experts(offline), strict=True):
+        for projection in ("up", "down"):
+            a, b = (mx_weight(m, getattr(m.mxperts, projection)) for m in (ours, theirs))
+            assert torch.equal(a.packed, b.packed)
+            assert torch.equal(a.scales, b.scales)
+    with torch.no_grad():
+        logits = model(tokens()).logits
+        assert torch.equal(logits, offline(tokens()).logits)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits, mx.load(tmp_path, dtype=torch.float32)(tokens()).logits)
+
+
+def test_default_exclude_is_that_of_quantize_checkpoint() -> None:
+    model = mx.load(FIXTURES / "bf16-qwen2_moe", scheme="w_mxfp6_e2m3")
+    linear = {path: type(module) for path, module in model.named_modules() if isinstance(module, StoredLinear | nn.Linear)}
+    assert {path.rpartition(".")[2] for path, kind in linear.items() if kind is StoredLinear} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert all(kind is nn.Linear for path, kind in linear.items() if "self_attn" in path or "lm_head" in path)
+
+
+@pytest.mark.parametrize(
+    "name", ["quark-qwen3_moe-mxfp4", "llmcompressor-mixtral-mxfp4-file", "gpt_oss-gpt_oss-mxfp4"]
+)
+def test_install_makes_from_pretrained_load_packed(name: str, restore_transformers: None) -> None:
+    mx.install()
+    mx.install()
+    model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / name, dtype=torch.float32)
+    assert [type(m.mxperts) for _, m in mx_experts(model)] == [Stacked]
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, mx.load(FIXTURES / name, dtype=torch.float32)(tokens()).logits)
+
+
+def test_install_leaves_other_formats_to_transformers(restore_transformers: None) -> None:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    mx.install()
+    integers = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}
+        },
+    }
+    try:
+        config = AutoQuantizationConfig.from_dict(integers)
+    except ImportError as error:  # Transformers' own class wants its library
+        assert "compressed" in str(error)
+    else:
+        assert not isinstance(config, MXConfig)
+
+
+@pytest.fixture
+def restore_transformers() -> Any:
+    from transformers.quantizers import auto
+
+    before = dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    yield
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.clear()
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
+
+
+def test_generate() -> None:
+    model = mx.load(FIXTURES / "quark-qwen3_moe-mxfp4_mxfp6_e2m3")
+    out = model.generate(tokens()[:1], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert out.shape == (1, 18)
+
+
+def test_arguments_that_do_not_go_together() -> None:
+    with pytest.raises(mx.ArgumentError, match="quantised already"):
+        mx.load(FIXTURES / "quark-qwen3_moe-mxfp4", scheme="w_mxfp4")
+    with pytest.raises(mx.ArgumentError, match="only with scheme"):
+        mx.load(FIXTURES / "quark-qwen3_moe-mxfp4", exclude=["lm_head"])
+    with pytest.raises(mx.ArgumentError, match="fp8_dynamic"):
+        mx.load(FIXTURES / "bf16-qwen3_moe", scheme="w_mxfp4_a_fp8")
+    with pytest.raises(mx.FormatError, match="did you mean"):
+        mx.load(FIXTURES / "bf16-qwen3_moe", scheme="w_mxpf4")
+    with pytest.raises(mx.ArgumentError, match="unknown backend"):
+        mx.load(FIXTURES / "quark-qwen3_moe-mxfp4", backend="tpu")
+
+
+def test_quantising_while_loading_needs_a_transformers_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    with pytest.raises(mx.BackendUnavailable, match=r"needs transformers >= 5\.23, not 5\.22\.2"):
+        mx.load(FIXTURES / "bf16-qwen3_moe", scheme="w_mxfp4")
+
+
+def test_a_missing_tensor_is_named_not_initialised(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = FIXTURES / "quark-qwen3_moe-mxfp4"
+    tensors = stored_tensors(source)
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight_scale"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(mx.CheckpointError, match=r"experts\.2\.up_proj"):
+        mx.load(tmp_path)
+
+
+def experts_module(**attributes: Any) -> Any:
+    defaults = {"has_gate": True, "is_concatenated": True, "act_fn": nn.SiLU()}
+    module = SimpleNamespace(**{**defaults, **attributes})
+    if not hasattr(module, "_apply_gate"):
+        module._apply_gate = lambda h: module.act_fn(h.chunk(2, dim=-1)[0]) * h.chunk(2, dim=-1)[1]
+    return module
+
+
+def clamped_silu(h: torch.Tensor) -> torch.Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
+
+
+def swiglu_oai(h: torch.Tensor) -> torch.Tensor:
+    gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "constants"),
+    [
+        (experts_module(), "silu", {}),
+        (experts_module(act_fn=nn.GELU()), "gelu", {}),
+        (experts_module(act_fn=nn.GELU(approximate="tanh")), "gelu_tanh", {}),
+        (experts_module(_apply_gate=clamped_silu, limit=10.0), "silu", {"swiglu_limit": 10.0}),
+        (
+            experts_module(_apply_gate=swiglu_oai, limit=7.0, alpha=1.702, is_concatenated=False),
+            "swigluoai",
+            {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+        ),
+        (experts_module(has_gate=False, act_fn=lambda x: torch.relu(x) ** 2), "relu2_no_mul", {}),
+    ],
+)
+def test_gates_are_recognised_by_what_they_compute(module: Any, name: str, constants: dict[str, float]) -> None:
+    gate = recognize(module)
+    assert gate is not None
+    assert (gate.name, gate.constants) == (name, constants)
+
+
+def test_an_unknown_gate_is_left_to_the_module() -> None:
+    assert recognize(experts_module(act_fn=nn.Softplus())) is None
+
+
+@pytest.mark.parametrize("name", ["quark-qwen3_moe-mxfp4", "quark-gpt_oss-mxfp4", "llmcompressor-gpt_oss-mxfp4"])
+def test_expert_by_expert_equals_fused(name: str) -> None:
+    """The path for gates that only the module can compute, on gates that both can."""
+    model = mx.load(FIXTURES / name, dtype=torch.float32)
+    with torch.no_grad():
+        fused = model(tokens()).logits
+        for _, module in mx_experts(model):
+            module.mxperts.gate = None
+        apart = model(tokens()).logits
+    bound = ROUNDINGS * torch.finfo(torch.float32).eps * fused.abs().max()
+    assert (fused - apart).abs().max() <= bound
