@@ -10,13 +10,13 @@ from mxperts.cli import app, doctor
 def test_everything_is_shown(runner):
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 0, result.stdout
-    for expected in ("torch", "processor", "threads", "backend reference on cpu", "self-check reference"):
+    for expected in ("torch", "processor", "threads", "backend reference on cpu", "self-check reference on cpu"):
         assert expected in result.stdout
 
 
 def test_json(runner):
     document = json.loads(runner.invoke(app, ["doctor", "--output", "json"]).stdout)
-    assert document["self_check"]["reference"] == "ok"
+    assert document["self_check"]["reference on cpu"] == "ok"
     assert document["versions"]["torch"] == torch.__version__
 
 

@@ -62,8 +62,14 @@ def test_says_that_it_goes_on(runner: CliRunner, tmp_path: Path, monkeypatch: py
 
 
 def test_usage_errors(runner: CliRunner, tmp_path: Path) -> None:
-    for arguments in ([], [str(tmp_path / "nothing"), "dst"], [str(SOURCE), "dst", "--layer", "mxfp4"]):
+    for arguments in ([], [str(SOURCE), "dst", "--layer", "mxfp4"]):
         assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_a_source_that_is_not_there(runner: CliRunner, tmp_path: Path) -> None:
+    result = runner.invoke(app, [str(tmp_path / "nothing"), str(tmp_path / "dst")])
+    assert result.exit_code == 1
+    assert "is no folder" in str(result.exception) + result.stderr
 
 
 def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
 from mxperts.errors import MxpertsError
-from mxperts.evaluation import Report, evaluate, evaluate_base, plot
+from mxperts.evaluation import Estimate, Report, evaluate, evaluate_base, plot
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,22 @@ def test_table_has_one_cell_a_column(report):
     assert "±" in rows[2][header.index("KLD")]
     assert rows[0][header.index("KLD")] == ""
     assert rows[1][header.index("KLD")] == "0.0000 ± 0.0000"
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(30.123, 0.34), "30.12 ± 0.34"),
+        (Estimate(2260.4, 14.2), "2260 ± 14"),
+        (Estimate(0.00076745, 0.0000033), "0.0007675 ± 0.0000033"),
+        (Estimate(0.0, 0.0), "0.0000 ± 0.0000"),
+        (Estimate(math.inf, math.nan), "inf ± nan"),
+        (Estimate(math.inf, math.inf), "inf ± inf"),
+    ],
+)
+def test_values_have_as_many_digits_as_their_error_allows(report, estimate, text):
+    header, rows = Report(base=replace(report.base, perplexity=estimate), others=[], conditions={}).table()
+    assert rows[0][header.index("PPL")] == text
 
 
 def test_table_of_the_base_alone_compares_nothing(report):

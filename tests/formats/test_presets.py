@@ -28,8 +28,8 @@ from mxperts.formats import (
     recipe,
 )
 
-EVEN_KEEP = Recipe(scale_rule=ScaleRule.EVEN)
-EVEN_DROP = Recipe(scale_rule=ScaleRule.EVEN, signed_zero=SignedZero.DROP)
+EVEN_KEEP = Recipe(scale_rule=ScaleRule.EVEN, even_overflow=True)
+EVEN_DROP = Recipe(scale_rule=ScaleRule.EVEN, signed_zero=SignedZero.DROP, even_overflow=True)
 RCEIL_KEEP = Recipe(scale_rule=ScaleRule.RCEIL)
 RCEIL_DROP = Recipe(scale_rule=ScaleRule.RCEIL, signed_zero=SignedZero.DROP)
 FLOOR_KEEP = Recipe(scale_rule=ScaleRule.FLOOR)
@@ -94,6 +94,7 @@ def test_each_choice_replaces_the_presets() -> None:
         signed_zero=SignedZero.KEEP,
         nan=NonFinite.RAISE,
         inf=NonFinite.SATURATE,
+        even_overflow=True,
     )
 
 

@@ -38,17 +38,16 @@ def live() -> Iterator[object]:
 
 
 def check_weights(fmt: BlockFormat, x: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """Equal on every finite block but two faults, each of which shows in every block that has its cause.
+    """Equal on every finite block but for one fault, which shows in every block that has its cause.
 
-    A float scale of 2^-127 is written as byte 1, which is 2^-126: the block decodes to twice its value. And an amax
-    that rounds up to 2^128 is Inf in between, so that the byte is 254 whatever the format.
+    A float scale of 2^-127 is written as byte 1, which is 2^-126: the block decodes to twice its value.
     """
     ours = mx.quantize(x, fmt, preset="quark")
     scales = scales.reshape(-1)
     special = ~x.isfinite().all(-1)
     off_by_one = (ours.scales[:, 0] == 0) & ~special
     overflows = rounds_up_to(x, 128, EVEN_BITS[fmt]) & ~special
-    assert_differ_exactly_at(differing(ours, codes, scales) & ~special, off_by_one | overflows, x, "Quark weights")
+    assert_differ_exactly_at(differing(ours, codes, scales) & ~special, off_by_one, x, "Quark weights")
     assert (scales[off_by_one] == 1).all()
     assert (scales[overflows] == 254).all()
     assert torch.equal(ours.codes()[off_by_one], codes[off_by_one]), "the codes are those of 2^-127"
@@ -59,11 +58,11 @@ def check_weights(fmt: BlockFormat, x: Tensor, codes: Tensor, scales: Tensor) ->
 
 
 def check_activations(fmt: BlockFormat, x: Tensor, values: Tensor) -> None:
-    """Equal in value and in sign of zero on every finite block, but for amax that rounds up to 2^128 (as for weights),
-    and for MXINT8 blocks so small that Quark's 1 / scale meets its lower bound of 2^-126 for the scale."""
+    """Equal in value and in sign of zero on every finite block, but for MXINT8 blocks so small that Quark's 1 / scale
+    meets its lower bound of 2^-126 for the scale."""
     ours = mx.fake_quantize(x, fmt, preset="quark")
     found = ((ours != values) | (ours.signbit() != values.signbit())).any(-1)
-    exempt = rounds_up_to(x, 128, EVEN_BITS[fmt])
+    exempt = torch.zeros_like(found)
     if fmt is MXINT8:
         exempt |= exact_amax(x) < 2.0**-119
     assert_differ_exactly_at(found & ~exempt, torch.zeros_like(found), x, "Quark activations")

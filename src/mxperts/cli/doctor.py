@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 import typer
 
 import mxperts as mx
+from mxperts import models
 from mxperts.cli.options import OutputOption
 from mxperts.cli.output import Table, show
-from mxperts.errors import BackendUnavailable
+from mxperts.errors import BackendUnavailable, MxpertsError
 from mxperts.evaluation.environment import OPTIONAL_PACKAGES, environment, versions
 from mxperts.ops.dispatch import BACKENDS
 
@@ -39,6 +41,7 @@ def doctor(output: OutputOption = None) -> None:
         "optional": versions(OPTIONAL_PACKAGES),
         "cpu_features": cpu_features(),
         "memory_bytes": memory_bytes(),
+        "shipped_model": shipped_model(),
         "backends": {device: mx.backends(device) for device in devices()},
         "self_check": checks,
     }
@@ -54,21 +57,22 @@ def doctor(output: OutputOption = None) -> None:
 
 
 def self_checks() -> Iterator[tuple[str, str]]:
-    """By backend, whether it quantises the golden block to the right bits and back to the right values."""
-    x = torch.tensor(GOLDEN_VALUES)
-    for backend in BACKENDS:
+    """By backend and device, whether it quantises the golden block to the right bits and back to the right values."""
+    for backend, device in itertools.product(BACKENDS, devices()):
+        name = f"{backend.name} on {device}"
+        x = torch.tensor(GOLDEN_VALUES, device=device)
         try:
             quantized = mx.quantize(x, mx.MXFP4, backend=backend.name)
             values = mx.dequantize(quantized, torch.float32, backend=backend.name)
         except BackendUnavailable as error:
-            yield backend.name, f"unavailable: {error}"
+            yield name, f"unavailable: {error}"
             continue
         codes, scales = quantized.codes().tolist(), quantized.scales.tolist()
         expected = [mx.MXFP4.element.values[code] for code in GOLDEN_CODES]
         if (codes, scales, values.tolist()) == (GOLDEN_CODES, [GOLDEN_SCALE], expected):
-            yield backend.name, "ok"
+            yield name, "ok"
         else:
-            yield backend.name, f"WRONG: codes {codes}, scale {scales}, values {values.tolist()}"
+            yield name, f"WRONG: codes {codes}, scale {scales}, values {values.tolist()}"
 
 
 def cpu_features() -> list[str]:
@@ -83,6 +87,14 @@ def memory_bytes() -> int | None:
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def shipped_model() -> str:
+    """Folder of the model that comes with mxperts, or why there is none."""
+    try:
+        return str(models.shipped())
+    except MxpertsError as error:
+        return f"missing: {error}"
 
 
 def devices() -> list[str]:
@@ -105,6 +117,7 @@ def table_rows(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"
     yield "threads", str(document["threads"])
     yield "accelerators", ", ".join(document["accelerators"]) or "none"
+    yield "shipped model", document["shipped_model"]
     for device, backends in document["backends"].items():
         for name, summary in backends.items():
             yield f"backend {name} on {device}", summary

@@ -10,7 +10,7 @@ import typer
 
 from mxperts.checkpoint.inspect import KINDS
 from mxperts.checkpoint.writer import partial_folder
-from mxperts.cli.options import OutputOption
+from mxperts.cli.options import OutputOption, resolve_model
 from mxperts.cli.output import Table, say, show
 from mxperts.quantization import quantize_checkpoint
 
@@ -20,7 +20,10 @@ _EVERY = 2.0
 
 def quantize(
     src: Annotated[
-        Path, typer.Argument(help="Folder of an unquantised checkpoint in safetensors.", exists=True, file_okay=False)
+        str,
+        typer.Argument(
+            help="Folder of an unquantised checkpoint in safetensors; 'shipped': the model that comes with mxperts."
+        ),
     ],
     dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     scheme: Annotated[str, typer.Option(help="Weights and activations, e.g. w_mxfp4_a_mxfp4 or w4a16.")] = "w_mxfp4",
@@ -54,7 +57,7 @@ def quantize(
         say(f"going on from {partial}, which an interrupted run left")
     try:
         summary = quantize_checkpoint(
-            src,
+            resolve_model(src),
             dst,
             scheme,
             exclude=exclude or None,

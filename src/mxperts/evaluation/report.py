@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +75,10 @@ def _divergence_cells(d: Divergence, router: float | None) -> list[str]:
 
 
 def _with_error(e: Estimate, *, scale: float = 1, sign: str = "-") -> str:
-    """``value ± error`` with two significant digits of the error, and the value to the same digit."""
+    """``value ± error`` with two significant digits of the error, at most 8 decimals, and the value to the same."""
     value, error = e.value * scale, e.stderr * scale
-    digits = 4 if not error > 0 else min(8, max(0, 1 - int(f"{error:.0e}".split("e")[1])))
+    known = math.isfinite(error) and error > 0
+    digits = min(8, max(0, 1 - math.floor(math.log10(error)))) if known else 4
     return f"{value:{sign}.{digits}f} ± {error:.{digits}f}"
 
 

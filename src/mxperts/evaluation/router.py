@@ -17,15 +17,10 @@ Choices = dict[str, Tensor]
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules on Transformers' experts interface, by name, in the order of the layers.
+    """The modules on Transformers' experts interface, by name, in the order of the layers."""
+    from mxperts.integrations.transformers import is_experts  # takes seconds, which `mxperts --help` need not wait for
 
-    They are known by the attributes that ``transformers.integrations.moe.use_experts_implementation`` gives them.
-    """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-    }
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
 @contextmanager

@@ -51,6 +51,9 @@ class Preset:
 
 _EVEN_KEEP = Recipe(scale_rule=ScaleRule.EVEN)
 _EVEN_DROP = Recipe(scale_rule=ScaleRule.EVEN, signed_zero=SignedZero.DROP)
+# Quark's arithmetic, and vLLM's after it
+_QUARK_KEEP = dataclasses.replace(_EVEN_KEEP, even_overflow=True)
+_QUARK_DROP = dataclasses.replace(_EVEN_DROP, even_overflow=True)
 _RCEIL_KEEP = Recipe(scale_rule=ScaleRule.RCEIL)
 _RCEIL_DROP = Recipe(scale_rule=ScaleRule.RCEIL, signed_zero=SignedZero.DROP)
 _FLOOR_KEEP = Recipe(scale_rule=ScaleRule.FLOOR)
@@ -58,12 +61,12 @@ _FLOOR_KEEP = Recipe(scale_rule=ScaleRule.FLOOR)
 DEFAULT = Preset(
     name="default",
     source="AMD Quark for MXFP4 and MXFP6 as vLLM's emulation uses it, vLLM's scale rule for MXFP8, OCP for MXINT8",
-    weight=_EVEN_DROP,
+    weight=_QUARK_DROP,
     weight_of={"mxfp8_e4m3": _RCEIL_DROP, "mxfp8_e5m2": _RCEIL_DROP, "mxint8": _FLOOR_KEEP},
-    activation=_EVEN_KEEP,
+    activation=_QUARK_KEEP,
     activation_of={
-        "mxfp6_e2m3": _EVEN_DROP,
-        "mxfp6_e3m2": _EVEN_DROP,
+        "mxfp6_e2m3": _QUARK_DROP,
+        "mxfp6_e3m2": _QUARK_DROP,
         "mxfp8_e4m3": _RCEIL_KEEP,
         "mxfp8_e5m2": _RCEIL_KEEP,
         "mxint8": _FLOOR_KEEP,
@@ -71,30 +74,30 @@ DEFAULT = Preset(
 )
 _QUARK_OTHERS = {
     # No path of Quark 0.13 writes MXFP8 or MXINT8 weights: these are its fake quantisation.
-    "mxfp8_e4m3": _EVEN_KEEP,
-    "mxfp8_e5m2": _EVEN_KEEP,
-    "mxint8": Recipe(scale_rule=ScaleRule.EVEN, even_bits=8),
+    "mxfp8_e4m3": _QUARK_KEEP,
+    "mxfp8_e5m2": _QUARK_KEEP,
+    "mxint8": dataclasses.replace(_QUARK_KEEP, even_bits=8),
 }
 QUARK = Preset(
     name="quark",
     source="amd-quark 0.13: weights as it exports them, activations as its fake quantisation computes them",
-    weight=dataclasses.replace(_EVEN_DROP, zero_block_scale=1),
+    weight=dataclasses.replace(_QUARK_DROP, zero_block_scale=1),
     weight_of=_QUARK_OTHERS,
-    activation=_EVEN_KEEP,
-    activation_of={"mxfp6_e2m3": _EVEN_DROP, "mxfp6_e3m2": _EVEN_DROP, **_QUARK_OTHERS},
+    activation=_QUARK_KEEP,
+    activation_of={"mxfp6_e2m3": _QUARK_DROP, "mxfp6_e3m2": _QUARK_DROP, **_QUARK_OTHERS},
 )
 _VLLM_OTHERS = {
-    "mxfp6_e2m3": _EVEN_DROP,
-    "mxfp6_e3m2": _EVEN_DROP,
+    "mxfp6_e2m3": _QUARK_DROP,
+    "mxfp6_e3m2": _QUARK_DROP,
     "mxfp8_e4m3": _RCEIL_KEEP,
     "mxfp8_e5m2": _RCEIL_KEEP,
 }
 VLLM = Preset(
     name="vllm",
     source="vLLM 0.33: mxfp4_quantize for MXFP4, AMD Quark's operators for MXFP6, mxfp8_e4m3_quantize for MXFP8",
-    weight=_EVEN_KEEP,
+    weight=_QUARK_KEEP,
     weight_of=_VLLM_OTHERS,
-    activation=_EVEN_KEEP,
+    activation=_QUARK_KEEP,
     activation_of=_VLLM_OTHERS,
     formats=(*_FP4, *_FP6, "mxfp8_e4m3"),
 )

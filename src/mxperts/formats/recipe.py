@@ -49,7 +49,7 @@ class SignedZero(enum.Enum):
     DROP = "drop"
     """Always +0."""
     KEEP_ROUNDED = "keep_rounded"
-    """The sign of the input if that was not itself a zero. compressed-tensors."""
+    """The sign of the input if that was not itself a zero. compressed-tensors' MXFP4."""
 
 
 class NonFinite(enum.Enum):
@@ -82,6 +82,8 @@ class Recipe:
         inf: what an Inf in a block does.
         zero_block_scale: scale byte of a block of zeros (any byte below 0xFF decodes to the same zeros).
         even_bits: mantissa bits that ``ScaleRule.EVEN`` rounds ``amax`` to; None means the element's own.
+        even_overflow: whether an ``amax`` that ``ScaleRule.EVEN`` rounds up to 2^128, beyond float32, gets the largest
+            scale, 2^127; otherwise it gets 2^(128 - emax), as if the range had no end. Both decode to Inf.
         use_min: whether an integer element may take its most negative code (-2.0 in INT8).
     """
 
@@ -92,6 +94,7 @@ class Recipe:
     inf: NonFinite = NonFinite.BLOCK_NAN
     zero_block_scale: int = 0
     even_bits: int | None = None
+    even_overflow: bool = False
     use_min: bool = False
 
     def encode(self) -> str:
@@ -104,7 +107,7 @@ class Recipe:
     @staticmethod
     def decode(text: str) -> Recipe:
         """The recipe that ``encode`` wrote."""
-        rule, rounding, zero, nan, inf, zero_scale, even_bits, use_min = text.split(",")
+        rule, rounding, zero, nan, inf, zero_scale, even_bits, even_overflow, use_min = text.split(",")
         return Recipe(
             scale_rule=ScaleRule(rule),
             rounding=Rounding(rounding),
@@ -113,5 +116,6 @@ class Recipe:
             inf=NonFinite(inf),
             zero_block_scale=int(zero_scale),
             even_bits=None if even_bits == "None" else int(even_bits),
+            even_overflow=even_overflow == "True",
             use_min=use_min == "True",
         )

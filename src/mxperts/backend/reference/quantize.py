@@ -97,6 +97,8 @@ def scale_exponent(amax: Tensor, element: ElementFormat, recipe: Recipe) -> Tens
         case ScaleRule.EVEN:
             bits = element.mantissa_bits if recipe.even_bits is None else recipe.even_bits
             step = (mantissa >= 2.0 - 2.0 ** -(bits + 1)).to(torch.int64)
+            if recipe.even_overflow:  # a step so large that the clamp below gives the largest scale
+                step = torch.where(exponent + step >= 128, SCALE_MAX, step)
         case ScaleRule.RCEIL:
             step = (mantissa > mantissa_of_max).to(torch.int64)
         case ScaleRule.CEIL:

@@ -11,11 +11,17 @@ from mxperts.ops.linear import mx_linear
 from mxperts.tensor import MXTensor
 
 
+def stored_width(fmt: BlockFormat, k: int) -> int:
+    """Bytes of a row of ``k`` codes in a checkpoint, where a last block that is not full is not padded."""
+    return -(-k * fmt.element.bits // 8)
+
+
 def as_mx(codes: Tensor, scales: Tensor, fmt: BlockFormat, k: int) -> MXTensor:
     """Stored codes and scales as an MXTensor [..., N, K] that shares their memory where it can.
 
     Args:
-        codes: [..., N, P] of any one-byte dtype, or [..., N, K/32, 16] as gpt-oss stores them.
+        codes: [..., N, P] of any one-byte dtype, a last block perhaps without its padding; or [..., N, K/32, 16] as
+            gpt-oss stores them.
         scales: [..., N, K/32], or [..., ceil(N / R), K/32] where R rows share theirs.
         fmt: the block format.
         k: values in a row.
@@ -25,6 +31,8 @@ def as_mx(codes: Tensor, scales: Tensor, fmt: BlockFormat, k: int) -> MXTensor:
     rows, stored = codes.shape[-2], scales.shape[-2]
     if stored != rows:
         scales = scales.view(torch.uint8).repeat_interleave(-(-rows // stored), dim=-2)[..., :rows, :]
+    if padding := fmt.packed_size(k) - codes.shape[-1]:
+        codes = nn.functional.pad(codes.view(torch.uint8), (0, padding))
     return MXTensor.from_packed(codes, scales, fmt, k=k)
 
 

@@ -48,8 +48,8 @@ def load(
     Args:
         path_or_id: a folder, or a model's id on the Hugging Face hub.
         scheme: quantise an unquantised checkpoint to this, such as "w_mxfp4_a_mxfp6_e2m3"; needs transformers >= 5.23.
-        exclude: with ``scheme``, modules to leave alone: names, globs, or ``re:`` and a regular expression; by default all
-            but the projections of experts and MLPs, as in ``quantize_checkpoint``.
+        exclude: with ``scheme``, modules to leave alone: names, globs, or ``re:`` and a regular expression. By default
+            all but the projections of experts and MLPs, as in ``quantize_checkpoint``.
         backend: what runs the quantised modules: "auto" or a backend's name.
         dtype: of everything that is not quantised, and of hidden states; "auto" takes the checkpoint's.
         **kwargs: for Transformers' ``from_pretrained``.

@@ -21,7 +21,7 @@ from mxperts.integrations.transformers.experts import (
     projection_shapes,
     up_projection,
 )
-from mxperts.integrations.transformers.linear import StoredLinear
+from mxperts.integrations.transformers.linear import StoredLinear, stored_width
 from mxperts.integrations.transformers.parameters import add_parameter, experts_component, merge_experts
 from mxperts.ops.quantize import quantize
 
@@ -84,8 +84,8 @@ def saving_conversions(used: Sequence[WeightTransform], ours: Sequence[WeightCon
         (target,) = converter.target_patterns
         parameter = target.removesuffix("_scale")
         stock = next((c for c in used if parameter.endswith(c.target_patterns[0].lstrip("."))), None)
-        if stock is None:
-            result.append(converter)
+        if not isinstance(stock, WeightConverter):  # experts that the model's checkpoints store in one tensor
+            result = [*(c for c in result if c is not stock), converter]
         elif target != parameter:
             sources, targets = stock._original_source_patterns, stock._original_target_patterns
             operations = list(stock.operations)
@@ -113,10 +113,11 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         target = self.targets[full_layer_name]
         if target.transpose:
             weight = weight.transpose(-1, -2)
-        packed = quantize(weight, target.format)
+        mx = quantize(weight, target.format)
         if missing_keys is not None:
             missing_keys.discard(target.scales)
-        tensors = {full_layer_name: packed.packed, target.scales: packed.scales}
+        codes = mx.packed[..., : stored_width(target.format, mx.k)].contiguous()
+        tensors = {full_layer_name: codes, target.scales: mx.scales}
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
 
@@ -157,7 +158,7 @@ def _pack_experts(
     projections, targets = [], {}
     for parameter, (n, k) in projection_shapes(module).items():
         delattr(module, parameter)
-        add_parameter(module, parameter, (module.num_experts, n, fmt.packed_size(k)), torch.uint8)
+        add_parameter(module, parameter, (module.num_experts, n, stored_width(fmt, k)), torch.uint8)
         add_parameter(module, f"{parameter}_scale", (module.num_experts, n, fmt.blocks(k)), torch.uint8)
         projections.append(PackedProjection(format=fmt, k=k, codes=parameter, scales=f"{parameter}_scale"))
         targets[f"{path}.{parameter}"] = Target(
@@ -185,7 +186,7 @@ def _linear(path: str, linear: nn.Linear, scheme: Scheme, backend: str) -> Store
         linear,
         fmt,
         scheme.activation,
-        codes=("weight", (n, fmt.packed_size(k)), torch.uint8),
+        codes=("weight", (n, stored_width(fmt, k)), torch.uint8),
         scales=("weight_scale", (n, fmt.blocks(k)), torch.uint8),
         backend=backend,
     )
