@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+# Tensors here are small, and test processes run side by side: threads would only wait for each other.
+torch.set_num_threads(1)
+
+
 def poison(t: Tensor) -> Tensor:
     """Fill with NaN, or with the largest integer: as a scale byte that is NaN, as an index it is out of range."""
     if t.layout is torch.strided and not t.is_meta:

@@ -49,8 +49,8 @@ def recognize(module: Any) -> Gate | None:
         h, found = gate, module.act_fn(gate)
     for candidate in _candidates(module):
         expected = candidate.apply(h, interleaved=not module.is_concatenated)
-        # float32 arithmetic in another order: a few units in the last place of the largest intermediate
-        if torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+        # float32 in another order: 1 + erf(-40) is off by 2^-24, times 40 * 30; the two gelus differ by 1e-2 here
+        if torch.allclose(found, expected, rtol=1e-5, atol=1e-3):
             return candidate
     return None
 
