@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 # Tensors here are small, and test processes run side by side: threads would only wait for each other.
 torch.set_num_threads(1)
 

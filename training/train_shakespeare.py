@@ -789,7 +789,8 @@ Knowledge Foundation) distributes them: for training, {len(split["train_modern"]
 The package's authors state that they used only texts in the public domain; these came from Project Gutenberg, whose
 name and notices they removed. What is not code in that package they license under Creative Commons Attribution 2.5
 (<https://creativecommons.org/licenses/by/2.5/>), copyright 2005-2008 Open Knowledge Foundation. `heldout.txt` and
-`calibration.txt` are excerpts of those texts, with trailing spaces and surplus blank lines removed.
+`calibration.txt` are excerpts of those texts, with trailing spaces and surplus blank lines removed. The weights are
+licensed as mxperts itself: Apache-2.0.
 
 ## Training
 
