@@ -8,7 +8,7 @@ from mxperts.formats import Scheme
 def test_demo_writes_everything(runner, checkpoint, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "shipped", lambda: checkpoint)
     monkeypatch.setattr(models, "heldout", lambda: text_file)
-    monkeypatch.setattr(demo, "COMMON", (Scheme("w_mxfp4"), Scheme("w_mxfp4_a_mxfp4")))
+    monkeypatch.setattr(demo, "ALL", (Scheme("w_mxfp4"), Scheme("w_mxfp4_a_mxfp4")))
     monkeypatch.setattr(demo, "PROMPT", "Now is")
     result = runner.invoke(app, ["demo", "--dir", str(tmp_path / "demo"), "--new-tokens", "8"])
     assert result.exit_code == 0, result.stderr

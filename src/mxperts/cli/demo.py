@@ -18,7 +18,7 @@ from mxperts.cli.output import Table, say, show, to_csv, to_json
 from mxperts.errors import MxpertsError
 from mxperts.evaluation import Windows, compare, plot
 from mxperts.evaluation.report import NOTE
-from mxperts.evaluation.schemes import COMMON
+from mxperts.evaluation.schemes import ALL
 from mxperts.quantization import quantize_checkpoint
 
 PROMPT = "KING RICHARD.\n"
@@ -30,29 +30,29 @@ def demo(
     folder: Annotated[
         Path, typer.Option("--dir", file_okay=False, help="Where checkpoints and results go; old ones are replaced.")
     ] = Path("mxperts-demo"),
-    max_tokens: Annotated[int, typer.Option(min=1024, help="Evaluate on this much of the held-out text.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=1024, help="Evaluate on this much of the held-out text.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=1, max=256, help="Length of the generated samples.")] = 64,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Quantise the shipped model to every common scheme, load each packed, evaluate all, and write some text."""
+    """Quantise the shipped model to every scheme, load each packed, evaluate all, and write some text."""
     start = time.perf_counter()
     use_threads(threads)
     source, checkpoints = models.shipped(), folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for scheme in COMMON:
+    for scheme in ALL:
         target = checkpoints / scheme.name
         if target.exists():
             shutil.rmtree(target)
         quantize_checkpoint(source, target, scheme)
-    say(f"{len(COMMON)} checkpoints written to {checkpoints} in {time.perf_counter() - start:.1f} s")
+    say(f"{len(ALL)} checkpoints written to {checkpoints} in {time.perf_counter() - start:.1f} s")
 
     tokenizer = load_tokenizer(str(source), trust_remote_code=False)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     samples: dict[str, str] = {}
 
     def load_all() -> Iterator[tuple[str, Any]]:
-        for scheme in (None, *(s.name for s in COMMON)):
+        for scheme in (None, *(s.name for s in ALL)):
             name = scheme or "unquantised"
             path = source if scheme is None else checkpoints / scheme
             model = load_model(
@@ -70,7 +70,7 @@ def demo(
         load_all(),
         windows,
         conditions={"model": str(source), "text": models.heldout().name, "dtype": dtype},
-        progress=Progress(1 + len(COMMON)),
+        progress=Progress(1 + len(ALL)),
     )
     header, rows = report.table()
     table = Table(header=header, rows=rows, note=NOTE)
