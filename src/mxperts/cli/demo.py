@@ -13,7 +13,7 @@ import typer
 from mxperts import models
 from mxperts.cli.eval import Progress
 from mxperts.cli.generate import Sampling, continue_text
-from mxperts.cli.options import DtypeOption, ThreadsOption, load_model, load_tokenizer, use_threads
+from mxperts.cli.options import DtypeOption, ThreadsOption, context_limit, load_model, load_tokenizer, use_threads
 from mxperts.cli.output import Table, say, show, to_csv, to_json
 from mxperts.errors import MxpertsError
 from mxperts.evaluation import Windows, compare, plot
@@ -64,7 +64,10 @@ def demo(
             yield name, model
 
     windows = Windows.of_text(
-        models.heldout().read_text(encoding="utf-8"), tokenizer, context=512, max_tokens=max_tokens
+        models.heldout().read_text(encoding="utf-8"),
+        tokenizer,
+        context=context_limit(str(source), trust_remote_code=False),
+        max_tokens=max_tokens,
     )
     report = compare(
         load_all(),
