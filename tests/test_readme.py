@@ -5,26 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mxperts import models
-from mxperts.errors import MxpertsError
 from mxperts.formats import BLOCK_FORMATS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-
-
-def has_shipped_model() -> bool:
-    try:
-        models.shipped()
-    except MxpertsError:
-        return False
-    return True
 
 
 def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.skipif(not has_shipped_model(), reason="the shipped model is not in this tree")
 def test_python_examples_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks()
