@@ -210,3 +210,10 @@ def test_the_record_itself_takes_only_uint8(name: str) -> None:
     parts[name] = parts[name].view(torch.int8)
     with pytest.raises(FormatError, match=f"^{name} must be uint8, not torch.int8; MXTensor.from_packed takes"):
         mx.MXTensor(**parts, format=mx.MXFP4, k=32)
+
+
+@pytest.mark.parametrize("index", [(slice(None), slice(0, 16)), (..., slice(0, 16)), (0, 0), None])
+def test_only_the_first_dimension_is_indexed(index: object) -> None:
+    t = mx.quantize(torch.ones(2, 32), mx.MXFP4)
+    with pytest.raises(mx.FormatError, match="along its first dimension only"):
+        t[index]

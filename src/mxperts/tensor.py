@@ -144,6 +144,8 @@ class MXTensor:
         Raises:
             FormatError: there is only the blocked dimension.
         """
+        if not isinstance(index, int | slice | Tensor):
+            raise FormatError(f"an MXTensor is indexed along its first dimension only, not by {index!r}")
         if self.ndim < 2:
             raise FormatError("cannot index the blocked dimension of an MXTensor; use codes() or dequantize")
         return self._map(lambda t: t[index])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from mxperts.integrations.transformers import MXConfig, mx_experts
 from mxperts.integrations.transformers.experts import Apart, Stacked, mx_weight
 from mxperts.integrations.transformers.gate import recognize
 from mxperts.integrations.transformers.linear import StoredLinear
+from mxperts.quantization import quantize_checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 REFUSED = {
@@ -342,6 +344,145 @@ def test_a_missing_tensor_is_named_not_initialised(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     with pytest.raises(mx.CheckpointError, match=r"experts\.2\.up_proj"):
         mx.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mlp.gate.weight", "self_attn.q_proj.weight", "input_layernorm.weight"])
+@pytest.mark.parametrize("source", ["quark-qwen3_moe-mxfp4", "bf16-qwen3_moe"])
+def test_nothing_is_initialised_at_random(source: str, name: str, tmp_path: Path) -> None:
+    tensors = stored_tensors(FIXTURES / source)
+    del tensors[f"model.layers.0.{name}"]
+    write(tmp_path, tensors, FIXTURES / source)
+    with pytest.raises(mx.CheckpointError, match=f"has no tensor for model.layers.0.{name}"):
+        mx.load(tmp_path)
+
+
+def test_packed_weights_without_their_config_are_refused(tmp_path: Path) -> None:
+    source = FIXTURES / "compressed_tensors-qwen3_moe-mxfp4"
+    write(tmp_path, stored_tensors(source), source, quantization_config=None)
+    with pytest.raises(mx.CheckpointError, match="has no tensor for"):
+        mx.load(tmp_path)
+
+
+def test_an_unknown_quant_method_is_refused(tmp_path: Path) -> None:
+    source = FIXTURES / "quark-qwen3_moe-mxfp4"
+    write(tmp_path, stored_tensors(source), source, quantization_config={"quant_method": "quirk"})
+    with pytest.raises(mx.CheckpointError, match="unknown quant_method 'quirk'"):
+        mx.load(tmp_path)
+
+
+def test_an_index_may_not_leave_the_folder(tmp_path: Path, restore_transformers: None) -> None:
+    source, folder = FIXTURES / "quark-qwen3_moe-mxfp4", tmp_path / "checkpoint"
+    folder.mkdir()
+    tensors = stored_tensors(source)
+    write(folder, tensors, source)
+    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "../x.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    mx.install()
+    for load in (mx.load, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(mx.CheckpointError, match=r"\.\./x\.safetensors"):
+            load(folder)
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], source: Path, **config: Any) -> None:
+    """A checkpoint with these tensors and the config of another, with some entries replaced."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    values = json.loads((source / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def test_activations_alone_are_refused() -> None:
+    with pytest.raises(mx.ArgumentError, match="a_mxfp4 quantises no weights"):
+        mx.load(FIXTURES / "bf16-qwen3_moe", scheme="a_mxfp4")
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    expected = logits_of(mx.load(FIXTURES / "quark-gpt_oss-mxfp4", dtype=torch.float32))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = mx.load(FIXTURES / "quark-gpt_oss-mxfp4", dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(logits_of(model), expected)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens()).logits
+    return logits
+
+
+@pytest.mark.parametrize(
+    "name", ["llmcompressor-qwen3_moe-mxfp8", "quark-qwen3_moe-mxfp8_block32x32-file", "quark-qwen3_moe-mxfp4_fp8"]
+)
+def test_converting_a_model_does_not_touch_codes_and_scales(name: str) -> None:
+    model = mx.load(FIXTURES / name, dtype=torch.float32)
+    before = {n: t.clone() for n, t in model.state_dict().items() if t.element_size() == 1}
+    static = [m.mxperts.input_scales for _, m in mx_experts(model)]
+    model.to(torch.float16)
+    after = model.state_dict()
+    assert all(same_bytes(after[n], t) for n, t in before.items())
+    assert [m.mxperts.input_scales for _, m in mx_experts(model)] == static
+    model.load_state_dict(after)
+    assert all(same_bytes(model.state_dict()[n], t) for n, t in before.items())
+    assert logits_of(model).isfinite().all()
+
+
+def test_a_quantised_router_is_loaded_and_copied_like_others() -> None:
+    model = mx.load(FIXTURES / "quark-qwen3_moe-mxfp6_e3m2-file-router", dtype=torch.float32)
+    expected, state = logits_of(model), {n: t.clone() for n, t in model.state_dict().items()}
+    assert state["model.layers.0.mlp.gate.weight"].dtype is torch.uint8
+    twin = copy.deepcopy(model)
+    model.model.layers[0].mlp.gate.weight.data.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(logits_of(model), expected)
+    assert torch.equal(logits_of(twin), expected)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        (["nonsense"], "'nonsense' matches no module"),
+        ("*", "left to quantise"),
+        ("re:(", "no regular expression"),
+    ],
+)
+def test_patterns_that_cannot_be_meant(exclude: str | list[str], message: str) -> None:
+    with pytest.raises(mx.MxpertsError, match=message):
+        mx.load(FIXTURES / "bf16-qwen3_moe", scheme="w_mxfp4", exclude=exclude)
+
+
+@pytest.mark.parametrize("name", ["config", "experts_implementation", "quantization_config", "torch_dtype"])
+def test_arguments_that_load_decides_itself(name: str) -> None:
+    with pytest.raises(mx.ArgumentError, match=f"takes no {name}"):
+        mx.load(FIXTURES / "bf16-qwen3_moe", **{name: "eager"})
+
+
+def tiny_llama(folder: Path, **config: Any) -> None:
+    torch.manual_seed(0)
+    values = {**SIZES, "hidden_size": 64, "intermediate_size": 96, **config}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).save_pretrained(folder)
+
+
+def test_tied_embeddings_stay_as_they_are(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "dense", tie_word_embeddings=True)
+    model = mx.load(tmp_path / "dense", scheme="w_mxfp8", exclude=[], dtype=torch.float32)
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits_of(model), logits_of(mx.load(tmp_path / "packed", dtype=torch.float32)))
+
+
+def test_static_fp8_in_linear_layers(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "dense")
+    modules = [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up", "down")]
+    scales = {module: 0.01 + 0.001 * i for i, module in enumerate(modules)}
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "packed", "w_mxfp4_a_fp8", input_scales=scales)
+    model = mx.load(tmp_path / "packed", dtype=torch.float32)
+    assert [m.static_scale for m in model.modules() if isinstance(m, StoredLinear)] == [
+        torch.tensor(s, dtype=torch.float32).item() for s in scales.values()
+    ]
+    assert logits_of(model).isfinite().all()
 
 
 def experts_module(**attributes: Any) -> Any:

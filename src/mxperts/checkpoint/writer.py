@@ -120,7 +120,7 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise CheckpointError(
                 f"no space left for {self.dst}: free some and run the same again, which goes on from {self.partial}"

@@ -120,11 +120,14 @@ def _parse(name: str) -> tuple[BlockFormat | None, Activation]:
         return None, None
     weight, separator, activation = key.partition("a_") if key.startswith("a_") else key.partition("_a_")
     try:
-        if weight and not weight.startswith("w_"):
+        if not key or (weight and not weight.startswith("w_")):
             raise FormatError(key)
         if separator and not activation:
             raise FormatError(key)
         return format(weight[2:]) if weight else None, parse_activation(activation or None)
     except FormatError:
-        known = [s.name for s in all_schemes()] + list(_ALIASES)
-        raise FormatError(f"unknown scheme {name!r}; {suggest(key, known)}") from None
+        known = [*_ALIASES, *(s.name for s in all_schemes())]
+        near = suggest(key, known)
+        if near.startswith("known"):
+            near = f"expected w_<format>, w_<format>_a_<format> or one of {', '.join(_ALIASES)}"
+        raise FormatError(f"unknown scheme {name!r}; {near}") from None

@@ -70,6 +70,9 @@ BACKENDS = (
 )
 """In the order in which "auto" asks them."""
 
+PLANNED = ("cpu", "gpu")
+"""Names that are taken, of backends that this version does not have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -111,6 +114,8 @@ def resolve(backend: str, problem: Problem) -> Choice:
                 )
             refused.append((candidate.name, why))
         raise BackendUnavailable(f"no backend can run {problem}: {refused}")
+    if backend in PLANNED and backend not in named:
+        raise BackendUnavailable(f"this version has no backend {backend!r}; it has: {', '.join(named)}")
     if backend not in named:
         raise ArgumentError(f"unknown backend {backend!r}; {suggest(str(backend), ['auto', *named])}")
     why = named[backend].refuses(problem)

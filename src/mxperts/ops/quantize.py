@@ -88,6 +88,8 @@ def dequantize(t: MXTensor, dtype: torch.dtype = torch.bfloat16, *, backend: str
 
     Source: OCP MX v1.0, section 5.
     """
+    if not isinstance(t, MXTensor):
+        raise ArgumentError(f"t must be an MXTensor, not {type(t).__name__}; MXTensor.from_packed makes one")
     if dtype not in (*FLOAT_DTYPES, torch.float64):
         raise ArgumentError(f"dtype must be float32, bfloat16, float16 or float64, not {dtype}")
     values: Tensor = _dequantize_op(t.packed, t.scales, t.format.name, t.k, dtype, backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mxperts.checkpoint import Checkpoint, CheckpointWriter, quark
+from mxperts.checkpoint.fields import check_pattern
 from mxperts.checkpoint.reader import CONFIG, PICKLES
 from mxperts.checkpoint.writer import check_absent
 from mxperts.errors import CheckpointError
@@ -60,7 +61,7 @@ def quantize_checkpoint(
     dst: str | Path,
     scheme: Scheme | str,
     *,
-    exclude: Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     layer_schemes: Mapping[str, Scheme | str] | None = None,
     preset: str | None = None,
     scale_rule: ScaleRule | str | None = None,
@@ -107,7 +108,7 @@ def quantize_checkpoint(
     plan = make_plan(
         checkpoint,
         scheme,
-        exclude=[*ALWAYS_EXCLUDED, *(DEFAULT_EXCLUDE if exclude is None else exclude)],
+        exclude=[*ALWAYS_EXCLUDED, *(DEFAULT_EXCLUDE if exclude is None else as_patterns(exclude))],
         layer_schemes={pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()},
         numbers=numbers,
     )
@@ -121,6 +122,18 @@ def quantize_checkpoint(
         bytes_after=plan.bytes_after(),
         resumed=resumed,
     )
+
+
+def as_patterns(exclude: str | Iterable[str]) -> list[str]:
+    """One pattern, or several, as a list.
+
+    Raises:
+        CheckpointError: one of them is no regular expression although it begins with ``re:``.
+    """
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    for pattern in patterns:
+        check_pattern("exclude", pattern)
+    return patterns
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:
@@ -180,7 +193,7 @@ def _check_space(writer: CheckpointWriter, plan: Plan) -> None:
     free = shutil.disk_usage(writer.partial).free
     if needed > free:
         raise CheckpointError(
-            f"{writer.dst} still needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free"
+            f"{writer.dst} still needs {needed / 1e6:.1f} MB, but the disk has {free / 1e6:.1f} MB free"
         )
 
 

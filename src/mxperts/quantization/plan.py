@@ -131,6 +131,9 @@ def make_plan(
     for rule in layers:
         if not any(rule.matches(module) for module in modules):
             raise ArgumentError(f"the pattern {rule.pattern!r} of layer_schemes matches no layer of {checkpoint.path}")
+    for found_scheme in schemes.values():
+        if found_scheme.weight is None and found_scheme.activation is not None:
+            raise ArgumentError(f"{found_scheme} quantises no weights; a checkpoint cannot hold activations alone")
     if all(s == _NONE for s in schemes.values()):
         raise ArgumentError(f"nothing in {checkpoint.path} is left to quantise: exclude less")
     _check_input_scales(schemes, numbers.input_scales)

@@ -6,8 +6,6 @@ any power of two that occurs here. All comparisons below are therefore between e
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -179,7 +177,6 @@ def _negated_max(element: ElementFormat) -> int:
     return element.values.index(-element.max)
 
 
-@lru_cache
 def _tables(element: ElementFormat, device: torch.device) -> tuple[Tensor, Tensor]:
     """Magnitudes in increasing order, indexed by code, and the midpoints between neighbours; both exact float64."""
     magnitudes = list(element.magnitudes)

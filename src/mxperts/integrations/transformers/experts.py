@@ -50,6 +50,7 @@ class Stacked:
         interleaved: whether the rows of gate and up alternate.
         backend: "auto" or a backend's name.
         gate: the module's activation function, or None for one that only the module itself can compute.
+        input_scales: static fp8: the scale of either projection's input.
     """
 
     up: PackedProjection
@@ -58,6 +59,7 @@ class Stacked:
     interleaved: bool
     backend: str
     gate: Gate | None = None
+    input_scales: tuple[float, float] | None = None
 
 
 @dataclass(kw_only=True)
@@ -136,9 +138,16 @@ def experts_forward(module: ExpertsModule, hidden_states: Tensor, top_k_index: T
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
-def recognize_gate(module: ExpertsModule) -> None:
-    """Find out which activation function a module computes, once it is loaded."""
-    module.mxperts.gate = recognize(module)
+def finish_experts(module: ExpertsModule) -> None:
+    """Find out, once a module is loaded, which activation function it computes and which static scales it has."""
+    packed: Stacked | Apart = module.mxperts
+    packed.gate = recognize(module)
+    if isinstance(packed, Stacked) and packed.activation == FP8_STATIC:
+        # The largest of all experts', and of gate's and up's, as vLLM takes it.
+        up, down = (
+            getattr(module, f"{name}_input_scale").detach().max() for name in (up_projection(module), "down_proj")
+        )
+        packed.input_scales = (float(up), float(down))
 
 
 def _fused(
@@ -160,18 +169,10 @@ def _fused(
         gate_up_bias=getattr(module, f"{up_projection(module)}_bias", None),
         down_bias=getattr(module, "down_proj_bias", None),
         interleaved=packed.interleaved,
-        input_scales=_input_scales(module, packed),
+        input_scales=packed.input_scales,
         backend=packed.backend,
         **gate.constants,
     )
-
-
-def _input_scales(module: ExpertsModule, packed: Stacked) -> tuple[Tensor, Tensor] | None:
-    """Static fp8: one scale a projection, the largest of all experts' (and of gate's and up's), as vLLM takes it."""
-    if packed.activation != FP8_STATIC:
-        return None
-    up, down = (getattr(module, f"{name}_input_scale") for name in (up_projection(module), "down_proj"))
-    return up.max().float(), down.max().float()
 
 
 def _one_by_one(
@@ -220,9 +221,9 @@ def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) ->
 
         return first, lambda x, dtype: _linear(down, x, dtype)
 
-    scales = _input_scales(module, packed) or (None, None)
+    scales = packed.input_scales or (None, None)
 
-    def packed_linear(projection: PackedProjection, name: str, scale: Tensor | None) -> _Linear:
+    def packed_linear(projection: PackedProjection, name: str, scale: float | None) -> _Linear:
         bias = getattr(module, f"{name}_bias", None)
         weight = mx_weight(module, projection)[expert]
         return lambda x, dtype: mx_linear(

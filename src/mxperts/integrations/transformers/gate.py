@@ -12,6 +12,9 @@ from torch import Tensor
 from mxperts.backend.reference.activation import activate
 from mxperts.ops.activation import bind_activation
 
+LARGEST = 40.0
+"""Of the numbers that gates are tried on, and so of the limits that can be told from none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -49,16 +52,16 @@ def recognize(module: Any) -> Gate | None:
         h, found = gate, module.act_fn(gate)
     for candidate in _candidates(module):
         expected = candidate.apply(h, interleaved=not module.is_concatenated)
-        # float32 in another order: 1 + erf(-40) is off by 2^-24, times 40 * 30; the two gelus differ by 1e-2 here
+        # float32 in another order: 1 + erf(-40) is off by 2^-24, times 40 * 40; the two gelus differ by 1e-2 here
         if torch.allclose(found, expected, rtol=1e-5, atol=1e-3):
             return candidate
     return None
 
 
 def _probe() -> tuple[Tensor, Tensor]:
-    """Gates from -40 to 40 and up values from -30 to 30, float32: beyond every limit that models use."""
-    gate = torch.linspace(-40, 40, 641)
-    return gate, 30 * torch.sin(1.7 * gate)
+    """Gates from -40 to 40 and up values from -40 to 40, float32 whatever the default: beyond every limit found."""
+    gate = torch.linspace(-40, 40, 641, dtype=torch.float32, device="cpu")
+    return gate, LARGEST * torch.sin(1.7 * gate)
 
 
 def _candidates(module: Any) -> Iterator[Gate]:
@@ -79,5 +82,5 @@ def _candidates(module: Any) -> Iterator[Gate]:
 def _numbers(module: Any) -> Iterator[float]:
     """The positive numbers among a module's own attributes: its limits and other constants."""
     for value in vars(module).values():
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 100:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST:
             yield value

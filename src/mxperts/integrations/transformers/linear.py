@@ -63,11 +63,17 @@ class StoredLinear(nn.Module):
         self.in_features, self.out_features = like.in_features, like.out_features
         self.format, self.activation, self.backend = fmt, activation, backend
         self.codes, self.scales = codes[0], scales[0]
+        self.static_scale: float | None = None
         for name, shape, dtype in (codes, scales):
             add_parameter(self, name, shape, dtype)
         if input_scale is not None:
             add_parameter(self, "input_scale", *input_scale)
         self.bias = like.bias
+
+    def finish(self) -> None:
+        """Once the parameters are loaded: a static input scale is a constant, not to be rounded with the model."""
+        if self.activation == FP8_STATIC:
+            self.static_scale = float(self.get_parameter("input_scale").detach())
 
     def mx_weight(self) -> MXTensor:
         """The weight [N, K]; shares memory with the parameters."""
@@ -80,7 +86,7 @@ class StoredLinear(nn.Module):
             self.mx_weight(),
             self.bias,
             activation=self.activation,
-            input_scale=self.get_parameter("input_scale").float() if self.activation == FP8_STATIC else None,
+            input_scale=self.static_scale,
             out_dtype=out_dtype,
             backend=self.backend,
         )

@@ -12,12 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
 
 from mxperts.checkpoint import LAYOUTS, Checkpoint, ModelScheme, Rule, is_mx, quark
-from mxperts.errors import ArgumentError
+from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import Scheme
 from mxperts.integrations.transformers.config import QUANT_METHOD, MXConfig
+from mxperts.integrations.transformers.parameters import check_complete
 from mxperts.integrations.transformers.quantizer import MXQuantizer
 from mxperts.ops.dispatch import explain
-from mxperts.quantization.checkpoint import ALWAYS_EXCLUDED, DEFAULT_EXCLUDE
+from mxperts.ops.quantize import FLOAT_DTYPES
+from mxperts.quantization.checkpoint import ALWAYS_EXCLUDED, DEFAULT_EXCLUDE, as_patterns
 
 register_quantization_config(QUANT_METHOD)(MXConfig)
 register_quantizer(QUANT_METHOD)(MXQuantizer)
@@ -32,6 +34,14 @@ CONFIG_OPTIONS = (
     "trust_remote_code",
 )
 """Arguments of ``from_pretrained`` that say where a checkpoint is, and so where its config is."""
+
+NOT_TAKEN = {
+    "config": "the checkpoint's own is used",
+    "experts_implementation": "mxperts runs quantised experts, Transformers' default all others",
+    "quantization_config": "name a scheme instead",
+    "torch_dtype": "it is called dtype here",
+}
+"""Arguments of ``from_pretrained`` that ``load`` has no use for, and what to do."""
 
 
 def load(
@@ -59,13 +69,20 @@ def load(
         scheme says. ``save_pretrained`` writes the same bytes back.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its config says something that is not supported.
-        ArgumentError: ``scheme`` for a checkpoint that is quantised already, or ``exclude`` without ``scheme``.
+        CheckpointError: the checkpoint is incomplete or damaged, or its config says something that is not supported.
+        ArgumentError: ``scheme`` for a checkpoint that is quantised already, ``exclude`` without ``scheme`` or with a
+            pattern that matches nothing, or an argument of ``from_pretrained`` that this function decides itself.
         BackendUnavailable: the backend cannot run here; or quantising while loading with too old a Transformers.
     """
     if scheme is None and exclude is not None:
         raise ArgumentError("exclude is of use only with scheme: a quantised checkpoint says itself what is quantised")
+    for name, advice in NOT_TAKEN.items():
+        if name in kwargs:
+            raise ArgumentError(f"mx.load takes no {name}: {advice}")
+    if isinstance(dtype, torch.dtype) and dtype not in FLOAT_DTYPES:
+        raise ArgumentError(f"dtype must be float32, bfloat16, float16 or 'auto', not {dtype}")
     explain(backend=backend)  # an unknown or unavailable backend is refused before anything is read
+    _check_folder(path_or_id, kwargs.get("subfolder", ""))
     config = AutoConfig.from_pretrained(path_or_id, **{k: kwargs[k] for k in CONFIG_OPTIONS if k in kwargs})
     found = getattr(config, "quantization_config", None)
     if scheme is not None:
@@ -75,16 +92,26 @@ def load(
             )
         kwargs["quantization_config"] = MXConfig(on_the_fly(Scheme(scheme), exclude), backend)
     elif found is not None and is_mx(found):
-        if Path(path_or_id).is_dir():
-            Checkpoint.open(path_or_id)  # says what is wrong with a damaged checkpoint, from its headers
         config.quantization_config = MXConfig.wrap(found, backend)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(path_or_id, config=config, dtype=dtype, **kwargs)
-    return model
+    elif found is not None and found.get("quant_method") not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise CheckpointError(f"{path_or_id}: unknown quant_method {found.get('quant_method')!r} in its config")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path_or_id, config=config, dtype=dtype, **kwargs)
+    check_complete(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded  # type: ignore[no-any-return]
+
+
+def _check_folder(path_or_id: str | Path, subfolder: str) -> None:
+    """A local checkpoint is checked by its headers first: what Transformers says of a damaged one helps nobody."""
+    folder = Path(path_or_id) / subfolder
+    if folder.is_dir():
+        Checkpoint.open(folder)
+    elif isinstance(path_or_id, Path) or str(path_or_id).startswith(("/", ".", "~")) or folder.exists():
+        raise CheckpointError(f"{folder} is no folder; name a checkpoint's folder, or a model's id on the hub")
 
 
 def on_the_fly(scheme: Scheme, exclude: Iterable[str] | None) -> ModelScheme:
     """Quantise everything but what ``exclude`` names, as a checkpoint in AMD Quark's layout would say it."""
-    patterns = [*ALWAYS_EXCLUDED, *(DEFAULT_EXCLUDE if exclude is None else exclude)]
+    patterns = [*ALWAYS_EXCLUDED, *(DEFAULT_EXCLUDE if exclude is None else as_patterns(exclude))]
     rules = [*(Rule(pattern=p, scheme=Scheme("none")) for p in patterns), Rule(pattern="*", scheme=scheme)]
     return ModelScheme(layout=quark.NAME, names=quark.NAMES, rules=rules, config=quark.write(rules))
 

@@ -24,6 +24,7 @@ from mxperts.integrations.transformers.experts import (
 from mxperts.integrations.transformers.linear import StoredLinear, stored_width
 from mxperts.integrations.transformers.parameters import add_parameter, experts_component, merge_experts
 from mxperts.ops.quantize import quantize
+from mxperts.quantization.checkpoint import ALWAYS_EXCLUDED, DEFAULT_EXCLUDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +60,20 @@ def prepare_for_quantization(
     """
     converters: dict[str, WeightConverter] = {}
     targets: dict[str, Target] = {}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    _check_patterns(model, scheme)
     for path, module in list(model.named_modules()):
         if is_experts(module):
             found = _experts_scheme(path, module, scheme)
             if found.weight is not None:
                 targets |= _pack_experts(model, path, module, found, backend, converters)
-        elif type(module) is nn.Linear:
-            found = scheme.scheme_of(path)
+        elif type(module) is nn.Linear and f"{path}.weight" not in tied:
+            found = _check(path, scheme.scheme_of(path))
             if found.weight is not None:
                 model.set_submodule(path, _linear(path, module, found, backend))
                 targets[f"{path}.weight"] = Target(format=found.weight, scales=f"{path}.weight_scale")
+    if not targets:
+        raise ArgumentError(f"nothing in {type(model).__name__} is left to quantise: exclude less")
     return list(converters.values()), targets
 
 
@@ -121,9 +126,37 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
 
+def _check_patterns(model: nn.Module, scheme: ModelScheme) -> None:
+    """What the user excludes must be there."""
+    names = [name for name, _ in model.named_modules()]
+    for path, module in model.named_modules():
+        if is_experts(module):
+            names += [f"{path}.{e}.{p}" for e in range(module.num_experts) for p in _projections(module)]
+    for rule in scheme.rules[:-1]:
+        if rule.pattern in (*ALWAYS_EXCLUDED, *DEFAULT_EXCLUDE):
+            continue
+        if not any(rule.matches(name) for name in names):
+            raise ArgumentError(f"exclude: {rule.pattern!r} matches no module of {type(model).__name__}")
+
+
+def _projections(module: ExpertsModule) -> tuple[str, ...]:
+    return ("gate_proj", "up_proj", "down_proj") if module.has_gate else ("up_proj", "down_proj")
+
+
+def _width(path: str, fmt: BlockFormat, k: int) -> int:
+    """Bytes of a row of codes.
+
+    Raises:
+        ArgumentError: a row does not fill whole bytes, which no checkpoint can hold.
+    """
+    if k * fmt.element.bits % 8:
+        raise ArgumentError(f"{path}: a row of {k} values does not fill whole bytes in {fmt}; exclude it")
+    return stored_width(fmt, k)
+
+
 def _experts_scheme(path: str, module: ExpertsModule, scheme: ModelScheme) -> Scheme:
-    projections = ("gate_proj", "up_proj", "down_proj") if module.has_gate else ("up_proj", "down_proj")
-    found = {scheme.scheme_of(f"{path}.{e}.{p}") for e in range(module.num_experts) for p in projections}
+    leaves = [f"{path}.{e}.{p}" for e in range(module.num_experts) for p in _projections(module)]
+    found = {scheme.scheme_of(leaf) for leaf in leaves}
     if len(found) > 1:
         names = " and ".join(sorted(s.name for s in found))
         raise ArgumentError(
@@ -133,6 +166,8 @@ def _experts_scheme(path: str, module: ExpertsModule, scheme: ModelScheme) -> Sc
 
 
 def _check(path: str, scheme: Scheme) -> Scheme:
+    if scheme.weight is None and scheme.activation is not None:
+        raise ArgumentError(f"{path}: {scheme} quantises no weights, which loading cannot do; use mx.fake_quantize")
     if scheme.activation == FP8_STATIC:
         raise ArgumentError(
             f"{path}: {scheme} needs an input scale, which only a calibrated checkpoint has; use fp8_dynamic"
@@ -158,7 +193,7 @@ def _pack_experts(
     projections, targets = [], {}
     for parameter, (n, k) in projection_shapes(module).items():
         delattr(module, parameter)
-        add_parameter(module, parameter, (module.num_experts, n, stored_width(fmt, k)), torch.uint8)
+        add_parameter(module, parameter, (module.num_experts, n, _width(path, fmt, k)), torch.uint8)
         add_parameter(module, f"{parameter}_scale", (module.num_experts, n, fmt.blocks(k)), torch.uint8)
         projections.append(PackedProjection(format=fmt, k=k, codes=parameter, scales=f"{parameter}_scale"))
         targets[f"{path}.{parameter}"] = Target(
@@ -179,14 +214,14 @@ def _pack_experts(
 
 
 def _linear(path: str, linear: nn.Linear, scheme: Scheme, backend: str) -> StoredLinear:
-    fmt = _check(path, scheme).weight
+    fmt = scheme.weight
     assert fmt is not None
     n, k = linear.out_features, linear.in_features
     return StoredLinear(
         linear,
         fmt,
         scheme.activation,
-        codes=("weight", (n, stored_width(fmt, k)), torch.uint8),
+        codes=("weight", (n, _width(path, fmt, k)), torch.uint8),
         scales=("weight_scale", (n, fmt.blocks(k)), torch.uint8),
         backend=backend,
     )

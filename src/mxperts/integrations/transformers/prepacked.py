@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from mxperts.checkpoint.layout import ModelScheme
 from mxperts.checkpoint.names import split_expert
-from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo, read_header
+from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo
 from mxperts.checkpoint.stored import MXModule, mx_modules
 from mxperts.errors import CheckpointError
 from mxperts.formats import FP8_STATIC
@@ -35,13 +34,13 @@ DOWN_SPELLINGS = (("down_proj",), ("w2",))
 
 
 def prepare_for_packed(
-    model: nn.Module, files: Sequence[str | Path], scheme: ModelScheme, backend: str
+    model: nn.Module, tensors: Mapping[str, TensorInfo], scheme: ModelScheme, backend: str
 ) -> list[WeightConverter]:
     """Give every module that the checkpoint stores quantised the parameters for it.
 
     Args:
         model: on the meta device, as Transformers builds it.
-        files: the checkpoint's safetensors files.
+        tensors: the headers of the checkpoint's tensors.
         scheme: what its config says.
         backend: which backend will run it.
 
@@ -51,7 +50,6 @@ def prepare_for_packed(
     Raises:
         CheckpointError: the checkpoint does not store what its config and the model call for.
     """
-    tensors = {name: info for file in files for name, info in read_header(Path(file)).items()}
     return _Preparation(model, tensors, scheme, backend).run()
 
 
@@ -86,6 +84,9 @@ class _Preparation:
         self.done: set[str] = set()  # names of the checkpoint's modules that are taken care of
 
     def run(self) -> list[WeightConverter]:
+        for rule in self.scheme.rules:
+            if rule.scheme.weight is None and rule.scheme.activation is not None:
+                raise CheckpointError(f"the config quantises inputs of {rule.pattern} but no weights: not supported")
         one_by_one = {self.to_model(f"{name}.down_proj"): name for name in self.stored}
         fused = {self.to_model(name): name for name, m in self.mx.items() if m.blocked}
         for path, module in list(self.model.named_modules()):

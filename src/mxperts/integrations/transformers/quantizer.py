@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,17 +12,21 @@ from packaging.version import Version
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 
+from mxperts.checkpoint import Checkpoint
+from mxperts.checkpoint.reader import CONFIG
 from mxperts.errors import BackendUnavailable
 from mxperts.integrations.transformers.config import MXConfig
-from mxperts.integrations.transformers.experts import IMPLEMENTATION, mx_experts, recognize_gate
+from mxperts.integrations.transformers.experts import IMPLEMENTATION, Apart, Stacked, finish_experts
+from mxperts.integrations.transformers.linear import StoredLinear
 from mxperts.integrations.transformers.on_the_fly import (
     QuantizeOnLoad,
     Target,
     prepare_for_quantization,
     saving_conversions,
 )
+from mxperts.integrations.transformers.parameters import check_complete, keep_bytes
 from mxperts.integrations.transformers.prepacked import prepare_for_packed
-from mxperts.integrations.transformers.unpacked import unpack_after_loading
+from mxperts.integrations.transformers.unpacked import Unpacked, unpack
 
 ON_THE_FLY_SINCE = "5.23"
 """Earlier versions of Transformers cast a weight to its parameter's uint8 before they let a quantiser see it."""
@@ -56,7 +62,8 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config: MXConfig = self.quantization_config
         if self.pre_quantized:
-            self.converters = prepare_for_packed(model, checkpoint_files or [], config.scheme, config.backend)
+            tensors = Checkpoint.open(_folder(model, checkpoint_files or [])).tensors
+            self.converters = prepare_for_packed(model, tensors, config.scheme, config.backend)
         else:
             self.converters, self.to_quantize = prepare_for_quantization(model, config.scheme, config.backend)
         model.set_experts_implementation(IMPLEMENTATION)
@@ -86,9 +93,9 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, parameter in model.named_parameters():
             # Transformers < 5.23 does not cast a tensor that it renames.
             parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
-        for _, module in mx_experts(model):
-            recognize_gate(module)
-        unpack_after_loading(model)
+        check_complete(model)
+        for module in model.modules():
+            finish_loading(module)
         if not self.pre_quantized:
             model._weight_conversions = saving_conversions(model._weight_conversions, self.converters)
         return model
@@ -101,3 +108,21 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Whether the packed weights can be trained."""
         return False
+
+
+def _folder(model: Any, files: Sequence[str]) -> Path:
+    """Where the checkpoint is; its index may not say otherwise."""
+    named = Path(model.config.name_or_path)
+    return named if (named / CONFIG).is_file() or not files else Path(files[0]).parent
+
+
+def finish_loading(module: Any) -> None:
+    """What can be done only when a module's parameters are there."""
+    if isinstance(getattr(module, "mxperts", None), Stacked | Apart):
+        keep_bytes(module)
+        finish_experts(module)
+    elif isinstance(module, StoredLinear):
+        keep_bytes(module)
+        module.finish()
+    elif isinstance(getattr(module, "mxperts_weight", None), Unpacked):
+        unpack(module)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxperts.errors import CheckpointError
 from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Activation, BlockFormat
 from mxperts.integrations.transformers.linear import as_mx
-from mxperts.integrations.transformers.parameters import add_parameter
+from mxperts.integrations.transformers.parameters import add_parameter, replace_parameter
 from mxperts.ops.quantize import dequantize, fake_quantize
 
 
@@ -54,28 +54,37 @@ def store_packed(
     module.mxperts_weight = weight
 
 
-def unpack_after_loading(model: nn.Module) -> None:
-    """Replace the packed weights by their values, which ``state_dict`` will again show packed."""
-    for module in model.modules():
-        weight = getattr(module, "mxperts_weight", None)
-        if isinstance(weight, Unpacked):
-            _unpack(module, weight)
-
-
-def _unpack(module: nn.Module, weight: Unpacked) -> None:
+def unpack(module: Any) -> None:
+    """Replace packed parameters by their values once they are loaded; ``state_dict`` shows them packed again."""
+    weight: Unpacked = module.mxperts_weight
     codes = getattr(module, weight.codes).detach()
-    values = dequantize(as_mx(codes, getattr(module, weight.scales), weight.format, weight.k), weight.dtype)
     delattr(module, weight.codes)
-    module.register_parameter("weight", nn.Parameter(values, requires_grad=False))
-
-    def show_packed(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-        del state[f"{prefix}weight"]
-        state[prefix + weight.codes] = codes
-
-    module.register_state_dict_post_hook(show_packed)
+    module.register_buffer("mxperts_codes", codes, persistent=False)
+    replace_parameter(module, "weight", _values(module))
+    module.register_state_dict_post_hook(_show_packed)
+    module.register_load_state_dict_pre_hook(_take_packed)
     if weight.activation is not None:
+        module.register_forward_pre_hook(_quantize_input)
 
-        def quantize_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (fake_quantize(args[0], weight.activation), *args[1:])  # type: ignore[arg-type]
 
-        module.register_forward_pre_hook(quantize_input)
+def _values(module: Any) -> Tensor:
+    weight: Unpacked = module.mxperts_weight
+    scales = getattr(module, weight.scales)
+    return dequantize(as_mx(module.mxperts_codes, scales, weight.format, weight.k), weight.dtype)
+
+
+def _show_packed(module: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    del state[f"{prefix}weight"]
+    state[prefix + module.mxperts_weight.codes] = module.mxperts_codes
+
+
+def _take_packed(module: Any, state: dict[str, Any], prefix: str, *args: object) -> None:
+    weight: Unpacked = module.mxperts_weight
+    if prefix + weight.codes in state:
+        module.mxperts_codes.copy_(state.pop(prefix + weight.codes))
+        getattr(module, weight.scales).data.copy_(state[prefix + weight.scales])
+        state[f"{prefix}weight"] = _values(module)
+
+
+def _quantize_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (fake_quantize(args[0], module.mxperts_weight.activation), *args[1:])
