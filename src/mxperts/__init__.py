@@ -1,4 +1,4 @@
-"""Run, quantise, evaluate and serve MX mixture-of-experts models on hardware without native MX."""
+"""Run, quantise and evaluate MX mixture-of-experts models on hardware without native MX."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -161,6 +161,8 @@ class MXTensor:
 
 
 def _as_bytes(t: Tensor, name: str) -> Tensor:
+    if not isinstance(t, Tensor):
+        raise FormatError(f"{name} must be a torch.Tensor, not {type(t).__name__}")
     if t.dtype not in _BYTE_DTYPES:
         raise FormatError(f"{name} must have a one-byte dtype such as uint8, not {t.dtype}")
     return t if t.dtype is torch.uint8 else t.view(torch.uint8)

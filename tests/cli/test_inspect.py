@@ -46,5 +46,5 @@ def test_deep(runner: CliRunner, tmp_path: Path) -> None:
 
 
 def test_errors(runner: CliRunner, tmp_path: Path) -> None:
-    assert runner.invoke(app, [str(tmp_path / "nothing")]).exit_code == 2
+    assert runner.invoke(app, [str(tmp_path / "nothing")]).exit_code == 1
     assert isinstance(runner.invoke(app, [str(tmp_path)]).exception, CheckpointError)

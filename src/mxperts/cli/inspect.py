@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mxperts.checkpoint import Inspection, inspect_checkpoint
 from mxperts.checkpoint.inspect import KINDS
-from mxperts.cli.options import OutputOption
+from mxperts.cli.options import OutputOption, resolve_model
 from mxperts.cli.output import Table, show
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False)],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint; 'shipped': the model that comes with mxperts.")
+    ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Read all tensors too and report NaN, Inf, odd scales and empty blocks.")
     ] = False,
     output: OutputOption = None,
 ) -> None:
     """Check a checkpoint and show its schemes, layer by layer, and its size."""
-    found = inspect_checkpoint(checkpoint, check=deep)
+    found = inspect_checkpoint(resolve_model(checkpoint), check=deep)
     document = dataclasses.asdict(found) | {
         "path": str(found.path),
         "bits_per_value": {kind: found.bits_per_value(kind) for kind in KINDS} | {"all": found.bits_per_value()},

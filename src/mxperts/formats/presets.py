@@ -30,8 +30,8 @@ class Preset:
         source: the software and version it was read off and compared with.
         weight, activation: the recipe of either operand.
         weight_of, activation_of: formats whose recipe differs from that, by name.
-    formats: names of the formats that the peer itself has in the role of a weight or an activation; for the others the
-        recipe is the one that its choices suggest, and nothing holds it.
+        formats: names of the formats that the peer itself has, in either role; for the others the recipe is the one that
+            its choices suggest, and nothing holds it.
     """
 
     name: str
@@ -169,7 +169,7 @@ def recipe(
     if preset is None:
         preset = DEFAULT
     elif not isinstance(preset, Preset):
-        key = normalize(preset)
+        key = normalize(preset) if isinstance(preset, str) else ""
         if key not in PRESETS:
             raise FormatError(f"unknown preset {preset!r}; {suggest(key, PRESETS)}")
         preset = PRESETS[key]

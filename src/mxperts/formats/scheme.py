@@ -93,7 +93,7 @@ def parse_activation(activation: Activation) -> Activation:
     """
     if activation is None or isinstance(activation, BlockFormat):
         return activation
-    return _FP8_NAMES.get(normalize(activation)) or format(activation)
+    return (_FP8_NAMES.get(normalize(activation)) if isinstance(activation, str) else None) or format(activation)
 
 
 def all_schemes() -> list[Scheme]:

@@ -232,6 +232,9 @@ def _weights(
 def _check_routing(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, expert_map: Tensor | None
 ) -> None:
+    for name, tensor in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights), ("expert_map", expert_map)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "expert_map"):
+            raise ArgumentError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     tokens = hidden_states.shape[0]
     if top_k_index.dtype not in INDEX_DTYPES:
         raise ArgumentError(f"top_k_index must be int32 or int64, not {top_k_index.dtype}")
@@ -260,6 +263,8 @@ def _check_routing(
 def _check_bias(bias: Tensor | None, name: str, shape: tuple[int, int]) -> None:
     if bias is None:
         return
+    if not isinstance(bias, Tensor):
+        raise ArgumentError(f"{name} must be a torch.Tensor, not {type(bias).__name__}")
     if not bias.is_floating_point():
         raise ArgumentError(f"{name} must be a float tensor, not {bias.dtype}")
     if tuple(bias.shape) != shape:
