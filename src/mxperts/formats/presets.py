@@ -30,8 +30,8 @@ class Preset:
         source: the software and version it was read off and compared with.
         weight, activation: the recipe of either operand.
         weight_of, activation_of: formats whose recipe differs from that, by name.
-        formats: names of the formats that the peer itself has, in either role; for the others the recipe is the one that
-            its choices suggest, and nothing holds it.
+        formats: names of the formats that the peer itself has, in either role; for the others the recipe is the one
+            that its choices suggest, and nothing holds it.
     """
 
     name: str
