@@ -25,6 +25,7 @@ from mxperts.cli.options import (
 )
 from mxperts.cli.output import Table, say, show
 from mxperts.evaluation import Evaluation, Windows, compare, plot
+from mxperts.evaluation.plot import drawing
 from mxperts.evaluation.report import NOTE
 from mxperts.evaluation.schemes import parse
 from mxperts.formats import Scheme
@@ -71,6 +72,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity, and KL divergence, Δp, top-1 and router agreement against a base model."""
     use_threads(threads)
+    if plot_file is not None:
+        drawing()
     chosen: Sequence[Scheme] = parse(schemes) if schemes is not None else ()
     paths = [resolve_model(m) for m in models_ or [SHIPPED]]
     if chosen and len(paths) > 1:

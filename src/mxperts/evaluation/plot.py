@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mxperts.errors import MxpertsError
 from mxperts.evaluation.report import Report
@@ -24,17 +25,14 @@ def plot(report: Report, file: str | Path) -> None:
     Raises:
         MxpertsError: matplotlib is not installed, or there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MxpertsError("drawing needs matplotlib; install it with: pip install 'mxperts[plot]'") from None
+    figure_class = drawing()
     compared = [(e, e.divergence.kl) for e in report.rows if e.divergence is not None]
     drawn = [(e, kl) for e, kl in compared if kl.value > 0]
     if not drawn:
         raise MxpertsError("nothing to draw: no model differs from the base")
     left_out = f", {len(compared) - len(drawn)} equal to it left out" if len(drawn) < len(compared) else ""
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = figure_class(figsize=(11, 7), layout="constrained")
     axes = figure.add_subplot()
     for marker, colour, label, weight_only in (
         ("o", "tab:blue", "weights alone", True),
@@ -65,6 +63,19 @@ def plot(report: Report, file: str | Path) -> None:
     axes.grid(which="both", alpha=0.25)
     axes.legend()
     figure.savefig(file, dpi=150)
+
+
+def drawing() -> Any:
+    """Matplotlib's ``Figure``; call it before hours of work that end in a drawing.
+
+    Raises:
+        MxpertsError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MxpertsError("drawing needs matplotlib; install it with: pip install 'mxperts[plot]'") from None
+    return Figure
 
 
 def _label_heights(points: Sequence[tuple[float, float]]) -> list[float]:
