@@ -166,7 +166,7 @@ def explain(
 def backends(device: torch.device | str = "cpu") -> dict[str, str]:
     """Every backend with what it is, or with why it cannot run the experts operation on ``device``."""
     problem = Problem(op="fused_experts", device=torch.device(device), dtype=torch.bfloat16)
-    found = {}
+    found = dict.fromkeys(PLANNED, "unavailable: not part of this version")
     for b in BACKENDS:
         why = b.refuses(problem)
         found[b.name] = b.summary if why is None else f"unavailable: {why}"
