@@ -502,6 +502,11 @@ def clamped_silu(h: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
 
 
+def far_clamped_silu(h: torch.Tensor) -> torch.Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return nn.functional.silu(gate.clamp(max=50.0)) * up.clamp(-50.0, 50.0)
+
+
 def swiglu_oai(h: torch.Tensor) -> torch.Tensor:
     gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -514,6 +519,7 @@ def swiglu_oai(h: torch.Tensor) -> torch.Tensor:
         (experts_module(act_fn=nn.GELU()), "gelu", {}),
         (experts_module(act_fn=nn.GELU(approximate="tanh")), "gelu_tanh", {}),
         (experts_module(_apply_gate=clamped_silu, limit=10.0), "silu", {"swiglu_limit": 10.0}),
+        (experts_module(_apply_gate=far_clamped_silu, limit=50.0), "silu", {"swiglu_limit": 50.0}),
         (
             experts_module(_apply_gate=swiglu_oai, limit=7.0, alpha=1.702, is_concatenated=False),
             "swigluoai",

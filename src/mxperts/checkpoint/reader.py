@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mxperts.checkpoint.config import parse
 from mxperts.checkpoint.layout import ModelScheme
 from mxperts.checkpoint.safetensors_file import TensorInfo, read_header
-from mxperts.checkpoint.stored import MXModule, mx_modules
+from mxperts.checkpoint.stored import MXModule, mx_modules, stored_tensor
 from mxperts.errors import CheckpointError
 from mxperts.tensor import MXTensor
 
@@ -107,15 +106,8 @@ class Checkpoint:
         if module not in self.mx:
             raise CheckpointError(f"{self.path} has no quantised module {module}")
         m = self.mx[module]
-        codes = self.tensor(m.codes.name).view(torch.uint8)
-        codes = codes.flatten(-2) if m.blocked else codes
-        padding = m.format.packed_size(m.k) - codes.shape[-1]
-        if padding:
-            codes = torch.nn.functional.pad(codes, (0, padding))
-        scales = self.tensor(m.scales.name).view(torch.uint8)
-        if m.block_rows != 1:
-            scales = scales.repeat_interleave(m.block_rows, dim=0)[: codes.shape[0]]
-        return MXTensor(codes, scales, m.format, m.k)
+        codes, scales = self.tensor(m.codes.name), self.tensor(m.scales.name)
+        return stored_tensor(codes, scales, m.format, m.k, block_rows=m.block_rows)
 
     def mx_tensors(self) -> Iterator[tuple[str, MXTensor]]:
         """Name and weight of every quantised module, one after the other."""

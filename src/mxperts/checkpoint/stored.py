@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mxperts.checkpoint.layout import ModelScheme, Rule
 from mxperts.checkpoint.names import SPELLINGS, spellings, split_expert, split_fused
 from mxperts.checkpoint.safetensors_file import TensorInfo
 from mxperts.errors import CheckpointError
 from mxperts.formats import FP8_STATIC, BlockFormat, Scheme
+from mxperts.tensor import MXTensor
 
 _CODES = {"mxfp8_e4m3": "F8_E4M3", "mxfp8_e5m2": "F8_E5M2", "mxint8": "I8"}
 """The dtype that codes of a format may have besides U8."""
@@ -57,6 +61,32 @@ class MXModule:
     def values(self) -> int:
         """How many numbers the weight holds."""
         return math.prod(self.shape)
+
+
+def stored_tensor(
+    codes: Tensor, scales: Tensor, fmt: BlockFormat, k: int, *, block_rows: int = 1, parts: int = 1
+) -> MXTensor:
+    """Stored codes and scales as an MXTensor [..., N, K] that shares their memory where it can.
+
+    Copied are only codes whose last block is not full, which are padded, and scales that several rows share.
+
+    Args:
+        codes: [..., N, bytes of a row] of any one-byte dtype, or [..., N, blocks, bytes of a block].
+        scales: [..., N, blocks], or [..., ceil(N / block_rows), blocks], of any one-byte dtype.
+        fmt: the block format.
+        k: values in a row.
+        block_rows: rows that share their scales.
+        parts: weights of N / parts rows that lie one after the other; rows of two of them share no scales.
+    """
+    codes, scales = codes.view(torch.uint8), scales.view(torch.uint8)
+    if codes.ndim == scales.ndim + 1:
+        codes = codes.flatten(-2)
+    if padding := fmt.packed_size(k) - codes.shape[-1]:
+        codes = torch.nn.functional.pad(codes, (0, padding))
+    if block_rows != 1:
+        rows = scales.unflatten(-2, (parts, -1)).repeat_interleave(block_rows, dim=-2)
+        scales = rows[..., : codes.shape[-2] // parts, :].flatten(-3, -2)
+    return MXTensor(codes, scales, fmt, k)
 
 
 def mx_modules(

@@ -61,6 +61,10 @@ class BlockFormat:
         """Bytes of packed codes in a row of ``k`` values, padded with zero codes to whole blocks."""
         return self.blocks(k) * self.block_bytes
 
+    def stored_size(self, k: int) -> int:
+        """Bytes of packed codes in a row of ``k`` values as checkpoints store them: without padding to whole blocks."""
+        return -(-k * self.element.bits // 8)
+
     def nbytes(self, *shape: int) -> int:
         """Bytes that a tensor of this shape takes, blocked along its last dimension, scales included."""
         *rows, k = shape

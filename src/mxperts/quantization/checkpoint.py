@@ -108,7 +108,7 @@ def quantize_checkpoint(
     plan = make_plan(
         checkpoint,
         scheme,
-        exclude=[*ALWAYS_EXCLUDED, *(DEFAULT_EXCLUDE if exclude is None else as_patterns(exclude))],
+        exclude=excluded_patterns(exclude),
         layer_schemes={pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()},
         numbers=numbers,
     )
@@ -124,16 +124,18 @@ def quantize_checkpoint(
     )
 
 
-def as_patterns(exclude: str | Iterable[str]) -> list[str]:
-    """One pattern, or several, as a list.
+def excluded_patterns(exclude: str | Iterable[str] | None) -> list[str]:
+    """Everything that is not quantised: what is never, and the user's patterns, one or several, or the default.
 
     Raises:
         CheckpointError: one of them is no regular expression although it begins with ``re:``.
     """
+    if exclude is None:
+        exclude = DEFAULT_EXCLUDE
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     for pattern in patterns:
         check_pattern("exclude", pattern)
-    return patterns
+    return [*ALWAYS_EXCLUDED, *patterns]
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:

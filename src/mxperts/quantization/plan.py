@@ -211,15 +211,14 @@ def _packed_entries(leaf: Leaf, fmt: BlockFormat) -> tuple[Entry, Entry]:
     if DTYPES[info.dtype] not in FLOAT_DTYPES:
         raise CheckpointError(f"{info.file}: {info.name} is {info}; BF16, F16 and F32 can be quantised; exclude it")
     rows, k = leaf.shape
-    bits = k * fmt.element.bits
-    if bits % 8 or not k:
+    if k * fmt.element.bits % 8 or not k:
         raise CheckpointError(
             f"{info.file}: a row of {k} values of {info.name} does not fill whole bytes in {fmt}; exclude {leaf.module}"
         )
     codes = Entry(
         name=leaf.module + quark.NAMES.codes_suffix(fmt),
         dtype=_CODE_DTYPES.get(fmt, torch.uint8),
-        shape=(rows, bits // 8),
+        shape=(rows, fmt.stored_size(k)),
     )
     return codes, Entry(name=leaf.module + quark.NAMES.scales, dtype=torch.uint8, shape=(rows, fmt.blocks(k)))
 
@@ -227,7 +226,7 @@ def _packed_entries(leaf: Leaf, fmt: BlockFormat) -> tuple[Entry, Entry]:
 def _quantize(weight: Tensor, fmt: BlockFormat, numbers: Numbers) -> Iterator[Tensor]:
     """Codes and scales of a weight [N, K]."""
     rows, k = weight.shape
-    codes = torch.empty((rows, k * fmt.element.bits // 8), dtype=torch.uint8)
+    codes = torch.empty((rows, fmt.stored_size(k)), dtype=torch.uint8)
     scales = torch.empty((rows, fmt.blocks(k)), dtype=torch.uint8)
     step = max(1, _CHUNK // k)
     for start in range(0, rows, step):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mxperts.checkpoint.stored import stored_tensor
 from mxperts.formats import FP8_STATIC, Activation, BlockFormat
 from mxperts.integrations.transformers.gate import Gate, recognize
-from mxperts.integrations.transformers.linear import StoredLinear, as_mx
+from mxperts.integrations.transformers.linear import StoredLinear
 from mxperts.ops.experts import fused_experts
 from mxperts.ops.linear import mx_linear
 from mxperts.tensor import MXTensor
@@ -32,12 +33,15 @@ class PackedProjection:
         format: of the weights.
         k: values in a row.
         codes, scales: what the module calls the two parameters.
+        block_rows, parts: as ``stored_tensor`` takes them; gate and up are two parts where they are stored apart.
     """
 
     format: BlockFormat
     k: int
     codes: str
     scales: str
+    block_rows: int = 1
+    parts: int = 1
 
 
 @dataclass(kw_only=True)
@@ -68,11 +72,12 @@ class Apart:
 
     Attributes:
         up, down: what the linear layers are called; gate and up may be two.
-        gate: as in ``Stacked``.
+        backend, gate: as in ``Stacked``.
     """
 
     up: tuple[str, ...]
-    down: tuple[str, ...]
+    down: str
+    backend: str
     gate: Gate | None = None
 
 
@@ -109,8 +114,9 @@ def mx_experts(model: nn.Module) -> Iterator[tuple[str, ExpertsModule]]:
 
 def mx_weight(module: ExpertsModule, projection: PackedProjection) -> MXTensor:
     """A packed projection of an experts module as an MXTensor [E, N, K]; shares memory with its parameters."""
-    codes, scales = getattr(module, projection.codes), getattr(module, projection.scales)
-    return as_mx(codes, scales, projection.format, projection.k)
+    p = projection
+    codes, scales = getattr(module, p.codes), getattr(module, p.scales)
+    return stored_tensor(codes, scales, p.format, p.k, block_rows=p.block_rows, parts=p.parts)
 
 
 def experts_forward(module: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -214,12 +220,12 @@ def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) ->
     if isinstance(packed, Apart):
         linears = module.get_submodule(str(expert))
         parts = [linears.get_submodule(name) for name in packed.up]
-        (down,) = (linears.get_submodule(name) for name in packed.down)
+        down = linears.get_submodule(packed.down)
 
         def first(x: Tensor, dtype: torch.dtype) -> Tensor:
-            return _in_order(module, [_linear(part, x, dtype) for part in parts])
+            return _in_order(module, [_linear(part, x, dtype, packed.backend) for part in parts])
 
-        return first, lambda x, dtype: _linear(down, x, dtype)
+        return first, lambda x, dtype: _linear(down, x, dtype, packed.backend)
 
     scales = packed.input_scales or (None, None)
 
@@ -250,9 +256,9 @@ def _in_order(module: ExpertsModule, parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=-1) if module.is_concatenated else torch.stack(parts, dim=-1).flatten(-2)
 
 
-def _linear(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A linear layer's output, rounded once to ``dtype``."""
+def _linear(linear: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """The output of a linear layer, packed or not, rounded once to ``dtype``."""
     if isinstance(linear, StoredLinear):
         return linear.forward(x, dtype)
     assert isinstance(linear, nn.Linear)
-    return mx_linear(x, linear.weight, linear.bias, out_dtype=dtype)
+    return mx_linear(x, linear.weight, linear.bias, out_dtype=dtype, backend=backend)

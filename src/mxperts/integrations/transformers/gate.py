@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 from mxperts.backend.reference.activation import activate
 from mxperts.ops.activation import bind_activation
 
-LARGEST = 40.0
-"""Of the numbers that gates are tried on, and so of the limits that can be told from none."""
+LARGEST = 1000.0
+"""Of the numbers that gates are tried on: a limit beyond it would be taken for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,11 @@ def recognize(module: Any) -> Gate | None:
 
 
 def _probe() -> tuple[Tensor, Tensor]:
-    """Gates from -40 to 40 and up values from -40 to 40, float32 whatever the default: beyond every limit found."""
-    gate = torch.linspace(-40, 40, 641, dtype=torch.float32, device="cpu")
-    return gate, LARGEST * torch.sin(1.7 * gate)
+    """Gates and up values, float32 whatever the default: dense up to 40, then growing to ``LARGEST`` on both sides."""
+    dense = torch.linspace(-40, 40, 641, dtype=torch.float32, device="cpu")
+    far = torch.logspace(math.log10(40), math.log10(LARGEST), 80, dtype=torch.float32, device="cpu")
+    gate = torch.cat([dense, far, -far, far, -far])
+    return gate, torch.cat([40 * torch.sin(1.7 * dense), far, far, -far, -far])
 
 
 def _candidates(module: Any) -> Iterator[Gate]:

@@ -5,35 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mxperts.checkpoint.stored import stored_tensor
 from mxperts.formats import FP8_STATIC, Activation, BlockFormat
 from mxperts.integrations.transformers.parameters import add_parameter
 from mxperts.ops.linear import mx_linear
 from mxperts.tensor import MXTensor
-
-
-def stored_width(fmt: BlockFormat, k: int) -> int:
-    """Bytes of a row of ``k`` codes in a checkpoint, where a last block that is not full is not padded."""
-    return -(-k * fmt.element.bits // 8)
-
-
-def as_mx(codes: Tensor, scales: Tensor, fmt: BlockFormat, k: int) -> MXTensor:
-    """Stored codes and scales as an MXTensor [..., N, K] that shares their memory where it can.
-
-    Args:
-        codes: [..., N, P] of any one-byte dtype, a last block perhaps without its padding; or [..., N, K/32, 16] as
-            gpt-oss stores them.
-        scales: [..., N, K/32], or [..., ceil(N / R), K/32] where R rows share theirs.
-        fmt: the block format.
-        k: values in a row.
-    """
-    if codes.ndim == scales.ndim + 1:
-        codes = codes.flatten(-2)
-    rows, stored = codes.shape[-2], scales.shape[-2]
-    if stored != rows:
-        scales = scales.view(torch.uint8).repeat_interleave(-(-rows // stored), dim=-2)[..., :rows, :]
-    if padding := fmt.packed_size(k) - codes.shape[-1]:
-        codes = nn.functional.pad(codes.view(torch.uint8), (0, padding))
-    return MXTensor.from_packed(codes, scales, fmt, k=k)
 
 
 class StoredLinear(nn.Module):
@@ -44,6 +20,7 @@ class StoredLinear(nn.Module):
         fmt: format of the weight.
         activation: what the input is quantised to.
         codes: name, shape and dtype of the codes' parameter; scales likewise.
+        block_rows: rows of the weight that share their scales.
         input_scale: shape and dtype of the static fp8 input scale, if there is one.
         backend: "auto" or a backend's name.
     """
@@ -56,6 +33,7 @@ class StoredLinear(nn.Module):
         *,
         codes: tuple[str, tuple[int, ...], torch.dtype],
         scales: tuple[str, tuple[int, ...], torch.dtype],
+        block_rows: int = 1,
         input_scale: tuple[tuple[int, ...], torch.dtype] | None = None,
         backend: str = "auto",
     ) -> None:
@@ -63,6 +41,7 @@ class StoredLinear(nn.Module):
         self.in_features, self.out_features = like.in_features, like.out_features
         self.format, self.activation, self.backend = fmt, activation, backend
         self.codes, self.scales = codes[0], scales[0]
+        self.block_rows = block_rows
         self.static_scale: float | None = None
         for name, shape, dtype in (codes, scales):
             add_parameter(self, name, shape, dtype)
@@ -77,7 +56,8 @@ class StoredLinear(nn.Module):
 
     def mx_weight(self) -> MXTensor:
         """The weight [N, K]; shares memory with the parameters."""
-        return as_mx(getattr(self, self.codes), getattr(self, self.scales), self.format, self.in_features)
+        codes, scales = getattr(self, self.codes), getattr(self, self.scales)
+        return stored_tensor(codes, scales, self.format, self.in_features, block_rows=self.block_rows)
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """``mx_linear`` of ``x`` [..., K]: [..., N] in ``out_dtype``, by default that of ``x``."""

@@ -19,7 +19,7 @@ from mxperts.integrations.transformers.parameters import check_complete
 from mxperts.integrations.transformers.quantizer import MXQuantizer
 from mxperts.ops.dispatch import explain
 from mxperts.ops.quantize import FLOAT_DTYPES
-from mxperts.quantization.checkpoint import ALWAYS_EXCLUDED, DEFAULT_EXCLUDE, as_patterns
+from mxperts.quantization.checkpoint import excluded_patterns
 
 register_quantization_config(QUANT_METHOD)(MXConfig)
 register_quantizer(QUANT_METHOD)(MXQuantizer)
@@ -111,8 +111,8 @@ def _check_folder(path_or_id: str | Path, subfolder: str) -> None:
 
 def on_the_fly(scheme: Scheme, exclude: Iterable[str] | None) -> ModelScheme:
     """Quantise everything but what ``exclude`` names, as a checkpoint in AMD Quark's layout would say it."""
-    patterns = [*ALWAYS_EXCLUDED, *(DEFAULT_EXCLUDE if exclude is None else as_patterns(exclude))]
-    rules = [*(Rule(pattern=p, scheme=Scheme("none")) for p in patterns), Rule(pattern="*", scheme=scheme)]
+    excluded = [Rule(pattern=p, scheme=Scheme("none")) for p in excluded_patterns(exclude)]
+    rules = [*excluded, Rule(pattern="*", scheme=scheme)]
     return ModelScheme(layout=quark.NAME, names=quark.NAMES, rules=rules, config=quark.write(rules))
 
 

@@ -21,7 +21,7 @@ from mxperts.integrations.transformers.experts import (
     projection_shapes,
     up_projection,
 )
-from mxperts.integrations.transformers.linear import StoredLinear, stored_width
+from mxperts.integrations.transformers.linear import StoredLinear
 from mxperts.integrations.transformers.parameters import add_parameter, experts_component, merge_experts
 from mxperts.ops.quantize import quantize
 from mxperts.quantization.checkpoint import ALWAYS_EXCLUDED, DEFAULT_EXCLUDE
@@ -121,7 +121,7 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         mx = quantize(weight, target.format)
         if missing_keys is not None:
             missing_keys.discard(target.scales)
-        codes = mx.packed[..., : stored_width(target.format, mx.k)].contiguous()
+        codes = mx.packed[..., : target.format.stored_size(mx.k)].contiguous()
         tensors = {full_layer_name: codes, target.scales: mx.scales}
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
@@ -151,7 +151,7 @@ def _width(path: str, fmt: BlockFormat, k: int) -> int:
     """
     if k * fmt.element.bits % 8:
         raise ArgumentError(f"{path}: a row of {k} values does not fill whole bytes in {fmt}; exclude it")
-    return stored_width(fmt, k)
+    return fmt.stored_size(k)
 
 
 def _experts_scheme(path: str, module: ExpertsModule, scheme: ModelScheme) -> Scheme:

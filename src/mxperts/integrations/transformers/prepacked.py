@@ -131,10 +131,10 @@ class _Preparation:
                 _Projection(parameter=parameter, n=n, k=k, names=names, leaves=leaves, quantized=quantized)
             )
         up, down = projections
-        schemes = {m and m.scheme for m in (*up.quantized, *down.quantized)}
-        if schemes == {None}:
+        forms = {m and (m.scheme, m.block_rows) for m in (*up.quantized, *down.quantized)}
+        if forms == {None}:
             return
-        if len(schemes) == 1:
+        if len(forms) == 1:
             self.stack(path, module, up, down)
         else:
             self.keep_apart(module, experts, up, down)
@@ -172,7 +172,14 @@ class _Preparation:
             self.merge(component, p, suffix)
         if module.has_bias and f"{first.name}.bias" in self.tensors:
             self.merge(component, p, ".bias")
-        return PackedProjection(format=first.format, k=p.k, codes=names[0], scales=names[1])
+        return PackedProjection(
+            format=first.format,
+            k=p.k,
+            codes=names[0],
+            scales=names[1],
+            block_rows=first.block_rows,
+            parts=len(p.names),
+        )
 
     def merge(self, component: str, p: _Projection, suffix: str) -> None:
         """Have one tensor of every expert stacked; layers that are stored alike share a conversion."""
@@ -198,7 +205,7 @@ class _Preparation:
                 apart[expert].add_module(p.names[name], linear if m is None else self.packed_linear(leaf, linear, m))
         for expert, linears in enumerate(apart):
             module.add_module(str(expert), linears)
-        module.mxperts = Apart(up=up.names, down=down.names)
+        module.mxperts = Apart(up=up.names, down=down.names[0], backend=self.backend)
         module._is_hf_initialized = True
 
     def prepare_fused(self, module: ExpertsModule, stored: Mapping[str, str]) -> None:
@@ -265,6 +272,7 @@ class _Preparation:
             m.scheme.activation,
             codes=codes,
             scales=scales,
+            block_rows=m.block_rows,
             input_scale=input_scale,
             backend=self.backend,
         )
@@ -284,6 +292,7 @@ class _Preparation:
                 dtype=weight.dtype,
                 codes=codes[0],
                 scales=scales[0],
+                block_rows=m.block_rows,
             ),
             codes[1:],
             scales[1:],

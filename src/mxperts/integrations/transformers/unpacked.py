@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxperts.checkpoint.stored import stored_tensor
 from mxperts.errors import CheckpointError
 from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Activation, BlockFormat
-from mxperts.integrations.transformers.linear import as_mx
 from mxperts.integrations.transformers.parameters import add_parameter, replace_parameter
 from mxperts.ops.quantize import dequantize, fake_quantize
 
@@ -25,6 +25,7 @@ class Unpacked:
         k: values in a row.
         dtype: of the unpacked weight.
         codes, scales: what the two parameters are called.
+        block_rows: rows that share their scales.
     """
 
     format: BlockFormat
@@ -33,6 +34,7 @@ class Unpacked:
     dtype: torch.dtype
     codes: str
     scales: str
+    block_rows: int
 
 
 def store_packed(
@@ -69,8 +71,8 @@ def unpack(module: Any) -> None:
 
 def _values(module: Any) -> Tensor:
     weight: Unpacked = module.mxperts_weight
-    scales = getattr(module, weight.scales)
-    return dequantize(as_mx(module.mxperts_codes, scales, weight.format, weight.k), weight.dtype)
+    codes, scales = module.mxperts_codes, getattr(module, weight.scales)
+    return dequantize(stored_tensor(codes, scales, weight.format, weight.k, block_rows=weight.block_rows), weight.dtype)
 
 
 def _show_packed(module: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
