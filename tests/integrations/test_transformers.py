@@ -71,6 +71,7 @@ def tokens(seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.usefixtures("either_layout")
 @pytest.mark.parametrize("name", LOADABLE)
 def test_loads_packed_and_is_saved_as_it_was(name: str, tmp_path: Path) -> None:
     model, info = mx.load(FIXTURES / name, dtype="auto", output_loading_info=True)
@@ -121,6 +122,7 @@ def test_logits_are_those_of_the_exporter(name: str) -> None:
     assert (logits - expected["logits"]).abs().max() <= bound
 
 
+@pytest.mark.usefixtures("either_layout")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in LOADABLE]
@@ -201,6 +203,7 @@ def test_bytes_of_mxfp4_experts() -> None:
     assert packed / expanded <= 0.28
 
 
+@pytest.mark.usefixtures("either_layout")
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe", "olmoe"])
 def test_quantising_while_loading_equals_the_exporter(family: str, tmp_path: Path) -> None:
     """The same bf16 model through amd-quark, and quantised here while it loads: bytes, logits, and again from disk."""
@@ -240,6 +243,7 @@ SIZES = {
 }
 
 
+@pytest.mark.usefixtures("either_layout")
 @pytest.mark.parametrize(
     ("family", "gate"),
     [
@@ -278,6 +282,7 @@ def test_default_exclude_is_that_of_quantize_checkpoint() -> None:
     assert all(kind is nn.Linear for path, kind in linear.items() if "self_attn" in path or "lm_head" in path)
 
 
+@pytest.mark.usefixtures("either_layout")
 @pytest.mark.parametrize("name", ["quark-qwen3_moe-mxfp4", "llmcompressor-mixtral-mxfp4-file", "gpt_oss-gpt_oss-mxfp4"])
 def test_install_makes_from_pretrained_load_packed(name: str, restore_transformers: None) -> None:
     mx.install()
@@ -313,6 +318,7 @@ def restore_transformers() -> Any:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
 
 
+@pytest.mark.usefixtures("either_layout")
 def test_generate() -> None:
     model = mx.load(FIXTURES / "quark-qwen3_moe-mxfp4_mxfp6_e2m3")
     out = model.generate(tokens()[:1], max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -402,6 +408,7 @@ def test_activations_alone_are_refused() -> None:
         mx.load(FIXTURES / "bf16-qwen3_moe", scheme="a_mxfp4")
 
 
+@pytest.mark.usefixtures("either_layout")
 def test_the_default_dtype_changes_nothing() -> None:
     expected = logits_of(mx.load(FIXTURES / "quark-gpt_oss-mxfp4", dtype=torch.float32))
     torch.set_default_dtype(torch.bfloat16)
@@ -418,6 +425,7 @@ def logits_of(model: Any) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.usefixtures("either_layout")
 @pytest.mark.parametrize(
     "name", ["llmcompressor-qwen3_moe-mxfp8", "quark-qwen3_moe-mxfp8_block32x32-file", "quark-qwen3_moe-mxfp4_fp8"]
 )
@@ -538,6 +546,7 @@ def test_an_unknown_gate_is_left_to_the_module() -> None:
     assert recognize(experts_module(act_fn=nn.Softplus())) is None
 
 
+@pytest.mark.usefixtures("either_layout")
 @pytest.mark.parametrize("name", ["quark-qwen3_moe-mxfp4", "quark-gpt_oss-mxfp4", "llmcompressor-gpt_oss-mxfp4"])
 def test_expert_by_expert_equals_fused(name: str) -> None:
     """The path for gates that only the module can compute, on gates that both can."""

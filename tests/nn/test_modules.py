@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import mxperts as mx
 from mxperts.formats import all_schemes
 
+pytestmark = pytest.mark.usefixtures("either_layout")
+
 E, H, INNER, T, K = 4, 40, 72, 3, 2
 SCHEMES = [*(s.name for s in all_schemes()), "none", "a_fp8", "a_mxfp4"]
 

@@ -10,25 +10,25 @@ from mxperts.ops import dispatch
 from mxperts.ops.dispatch import Backend, Problem, resolve
 
 PROBLEM = Problem(op="fused_experts", device=torch.device("cpu"), dtype=torch.bfloat16, weight=mx.MXFP4)
-REFUSING = Backend(name="cpu", module="nowhere", refuses=lambda problem: "it is too cold", summary="a test")
+REFUSING = Backend(name="cold", module="nowhere", refuses=lambda problem: "it is too cold", summary="a test")
 
 
 def test_auto_takes_the_first_that_can_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "BACKENDS", (REFUSING, *dispatch.BACKENDS))
     choice = mx.explain(weight="mxfp4")
-    assert choice.backend.name == "reference"
-    assert choice.refused == (("cpu", "it is too cold"),)
-    assert str(choice).splitlines()[1] == "  not cpu: it is too cold"
-    assert mx.backends()["cpu"] == "unavailable: it is too cold"
+    assert choice.backend.name == "cpu"
+    assert choice.refused == (("cold", "it is too cold"),)
+    assert str(choice).splitlines()[1] == "  not cold: it is too cold"
+    assert mx.backends()["cold"] == "unavailable: it is too cold"
 
 
 def test_a_named_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("reference", PROBLEM).backend.name == "reference"
-    with pytest.raises(mx.BackendUnavailable, match="has no backend 'gpu'; it has: reference"):
+    with pytest.raises(mx.BackendUnavailable, match="has no backend 'gpu'; it has: cpu, reference"):
         mx.quantize(torch.ones(32), mx.MXFP4, backend="gpu")
     monkeypatch.setattr(dispatch, "BACKENDS", (REFUSING, *dispatch.BACKENDS))
-    with pytest.raises(mx.BackendUnavailable, match="'cpu' cannot run fused_experts here: it is too cold"):
-        resolve("cpu", PROBLEM)
+    with pytest.raises(mx.BackendUnavailable, match="'cold' cannot run fused_experts here: it is too cold"):
+        resolve("cold", PROBLEM)
 
 
 def test_unknown_names() -> None:

@@ -1,4 +1,4 @@
-"""mx_linear against a dense computation, value by value, and its checks."""
+"""mx_linear of the reference against a dense computation, value by value; the checks and what every backend does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = [f.name for f in BLOCK_FORMATS]
 N, K, T = 24, 72, 3
 
+each_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
+
 
 def make(seed: int, fmt: str | None = "mxfp4", dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any, Any]:
     g = torch.Generator().manual_seed(seed)
@@ -30,28 +32,32 @@ def test_equals_dense_computation(fmt: str | None, activation: str | None, dtype
     x, w, bias = make(0, fmt, dtype)
     scale = 0.013 if activation == "fp8_static" else None
     for b in (None, bias, bias.to(dtype)):
-        y = mx.mx_linear(x, w, b, activation=activation, input_scale=scale)
+        y = mx.mx_linear(x, w, b, activation=activation, input_scale=scale, backend="reference")
         assert y.dtype is dtype
         dense.assert_within(y, dense.linear(x, w, b, activation, scale))
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_out_dtype(dtype: torch.dtype) -> None:
+def test_out_dtype(dtype: torch.dtype, backend: str) -> None:
     """The sums are rounded to it directly, not by way of the dtype of ``x``."""
     x, w, bias = make(5)
-    y = mx.mx_linear(x, w, bias, activation="mxfp4", out_dtype=dtype)
+    y = mx.mx_linear(x, w, bias, activation="mxfp4", out_dtype=dtype, backend=backend)
     assert y.dtype is dtype
-    exact = mx.mx_linear(x, w, bias, activation="mxfp4", out_dtype=torch.float32)
+    exact = mx.mx_linear(x, w, bias, activation="mxfp4", out_dtype=torch.float32, backend=backend)
     assert torch.equal(y, exact.to(dtype))
     assert not torch.equal(exact, exact.bfloat16().float())
 
 
-def test_leading_dimensions() -> None:
+@each_backend
+def test_leading_dimensions(backend: str) -> None:
     x, w, bias = make(1)
-    y = mx.mx_linear(x, w, bias, activation="mxfp4")
-    assert torch.equal(mx.mx_linear(x.reshape(3, 1, 1, K), w, bias, activation="mxfp4").reshape(T, N), y)
-    assert torch.equal(mx.mx_linear(x[0], w, bias, activation="mxfp4"), y[0])
-    assert mx.mx_linear(x[:0], w, bias, activation="fp8_dynamic").shape == (0, N)
+    y = mx.mx_linear(x, w, bias, activation="mxfp4", backend=backend)
+    assert torch.equal(
+        mx.mx_linear(x.reshape(3, 1, 1, K), w, bias, activation="mxfp4", backend=backend).reshape(T, N), y
+    )
+    assert torch.equal(mx.mx_linear(x[0], w, bias, activation="mxfp4", backend=backend), y[0])
+    assert mx.mx_linear(x[:0], w, bias, activation="fp8_dynamic", backend=backend).shape == (0, N)
 
 
 def test_registration() -> None:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import mxperts
+from mxperts.cli.bench import bench
 from mxperts.cli.demo import demo
 from mxperts.cli.doctor import doctor
 from mxperts.cli.eval import evaluate
@@ -63,6 +64,7 @@ app.command(epilog='Example: mxperts generate --prompt "KING RICHARD." --scheme 
 app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tokens 4096 --plot kl.png")(evaluate)
 app.command(epilog="Example: mxperts quantize path/to/model my-mxfp4 --scheme w_mxfp4_a_mxfp4")(quantize)
 app.command(epilog="Example: mxperts inspect my-mxfp4 --deep")(inspect)
+app.add_typer(bench, name="bench")
 app.command(epilog="Example: mxperts demo --dir mxperts-demo")(demo)
 app.command(epilog="Example: mxperts doctor --output json")(doctor)
 

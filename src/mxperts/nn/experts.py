@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from mxperts.formats import FP8_STATIC, Activation, Preset, Scheme
 from mxperts.nn.parameters import FrozenModule, frozen, unset_scale, zero_weight
+from mxperts.nn.prepared import PreparedParameter, PreparedWeights
 from mxperts.ops.activation import bind_activation
 from mxperts.ops.experts import InputScale, as_input_scale, fused_experts
-from mxperts.ops.prepare import Weight, layout_of
+from mxperts.ops.prepare import PreparedExperts, Weight, canonical_tensors, layout_of
 from mxperts.ops.quantize import quantize
 
 
@@ -35,6 +36,10 @@ class MXExperts(FrozenModule):
         gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H], zeros until loaded, or None.
         gate_up_proj_input_scale, down_proj_input_scale: float32 [], only with static fp8; NaN until loaded. [E] is
             possible too. They keep their dtype through ``to(dtype)``.
+
+    For a backend with a weight layout of its own, the first forward pass, or ``prepare``, brings the weights to it and
+    frees the parameters' memory. Whatever looks at a parameter then finds its values all the same, and brings all of
+    them back until the next forward pass.
     """
 
     gate_up_proj_bias: nn.Parameter | None
@@ -67,6 +72,7 @@ class MXExperts(FrozenModule):
         self.interleaved = interleaved
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.backend = backend
+        self._prepared = PreparedWeights()
         self.activation = bind_activation(
             activation, limit=swiglu_limit, alpha=swiglu_alpha, beta=swiglu_beta, linear_beta=swiglu_linear_beta
         )
@@ -153,14 +159,53 @@ class MXExperts(FrozenModule):
         ]
         return cls.from_tensors(*weights, activation_format=scheme.activation, backend=backend, **settings)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module`` has it, which calls it for attributes too; what it replaces is no longer prepared."""
+        if isinstance(self._parameters.get(name), PreparedParameter):
+            self._prepared.give_back()
+        super().register_parameter(name, param)
+
+    def prepare(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Bring the weights to the layout of the backend that will run hidden states of ``dtype``.
+
+        The first forward pass does it otherwise, but not one under ``torch.compile``.
+
+        Raises:
+            BackendUnavailable: the named backend cannot run here, or memory is short; the module is as before.
+        """
+        self._prepare(dtype)
+
+    def _prepare(self, dtype: torch.dtype) -> PreparedExperts | None:
+        names = ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
+        return self._prepared.of(
+            self,
+            names if self.scheme.weight is not None else names[::2],
+            self._weights,
+            lambda experts: canonical_tensors(*experts.unprepare()),
+            weight=self.scheme.weight,
+            interleaved=self.interleaved,
+            activation_format=self.scheme.activation,
+            dtype=dtype,
+            backend=self.backend,
+        )
+
+    def _weights(self) -> tuple[Weight, Weight]:
+        fmt = self.scheme.weight
+        return (
+            self.get_weight("gate_up_proj", fmt, self.hidden_size),
+            self.get_weight("down_proj", fmt, self.intermediate_size),
+        )
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``fused_experts`` of ``hidden_states`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, k]: [T, H]."""
         function = self.activation
         static = self.scheme.activation == FP8_STATIC
+        prepared = self._prepare(hidden_states.dtype)
+        gate_up_proj, down_proj = (prepared, None) if prepared is not None else self._weights()
         return fused_experts(
             hidden_states,
-            self.get_weight("gate_up_proj", self.scheme.weight, self.hidden_size),
-            self.get_weight("down_proj", self.scheme.weight, self.intermediate_size),
+            gate_up_proj,
+            down_proj,
             top_k_index,
             top_k_weights,
             activation=function.name,

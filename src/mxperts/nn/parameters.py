@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mxperts.formats import BlockFormat
+from mxperts.formats import BlockFormat, Scheme
 from mxperts.ops.prepare import Weight
 from mxperts.tensor import MXTensor
 
 
 class FrozenModule(nn.Module):
-    """A module without trainable parameters whose input scales stay float32 through ``half()`` and ``to(dtype)``."""
+    """A module without trainable parameters whose input scales stay float32 through ``half()`` and ``to(dtype)``.
+
+    A state dict remembers the format of its codes, as long as it is handed on as it is, and is refused by a module of
+    another format.
+    """
+
+    scheme: Scheme
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_note_format)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_check_format)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModule:
         scales = [
@@ -38,6 +50,27 @@ class FrozenModule(nn.Module):
         """What ``set_weight`` was given."""
         tensor: Tensor = getattr(self, name)
         return tensor if fmt is None else MXTensor(tensor, getattr(self, f"{name}_scale"), fmt, k)
+
+
+def _note_format(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    assert isinstance(module, FrozenModule)
+    metadata["weight_format"] = str(module.scheme.weight)
+
+
+def _check_format(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    assert isinstance(module, FrozenModule)
+    found, expected = metadata.get("weight_format"), str(module.scheme.weight)
+    if found not in (None, expected):
+        errors.append(f"{prefix}: the state dict holds codes of {found}, but the module's format is {expected}")
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

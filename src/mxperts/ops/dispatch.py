@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from mxperts.errors import ArgumentError, BackendUnavailable
-from mxperts.formats import Activation, BlockFormat, parse_activation
+from mxperts.formats import MXFP4, Activation, BlockFormat, parse_activation
 from mxperts.formats import format as lookup
 from mxperts.formats.naming import suggest
 
@@ -43,7 +43,8 @@ class Backend:
 
     Attributes:
         name: what ``backend=`` calls it.
-        module: the package to import; it has one function for each operation it implements.
+        module: the package to import; it has one function for each operation it implements, and ``describe``, which
+            says in a few words how it runs a problem on this machine, or, for None, what it can use here.
         refuses: why it cannot run a problem, as a phrase, or None if it can. Must not import the package.
         summary: one line for people.
     """
@@ -54,13 +55,27 @@ class Backend:
     summary: str
 
     def load(self, op: str) -> Callable[..., Any]:
-        """The backend's function for an operation."""
+        """The backend's function of this name, such as that for an operation."""
         package: ModuleType = importlib.import_module(self.module)
         function: Callable[..., Any] = getattr(package, op)
         return function
 
 
+def _cpu_refuses(problem: Problem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"the tensors are on {problem.device}, not on a CPU"
+    if problem.weight is None and problem.op in ("mx_linear", "fused_experts"):
+        return "its weights are packed; these are dense"
+    return None
+
+
 BACKENDS = (
+    Backend(
+        name="cpu",
+        module="mxperts.backend.cpu",
+        refuses=_cpu_refuses,
+        summary="packed weights, kernels compiled by Numba on first use",
+    ),
     Backend(
         name="reference",
         module="mxperts.backend.reference",
@@ -70,7 +85,7 @@ BACKENDS = (
 )
 """In the order in which "auto" asks them."""
 
-PLANNED = ("cpu", "gpu")
+PLANNED = ("gpu",)
 """Names that are taken, of backends that this version does not have."""
 
 
@@ -82,15 +97,17 @@ class Choice:
         backend: the one that runs the problem.
         reason: why.
         refused: name and reason of every backend that was asked before and cannot.
+        how: which instructions it will use and how it accumulates; only ``explain`` asks for it.
     """
 
     backend: Backend
     reason: str
     refused: tuple[tuple[str, str], ...] = ()
+    how: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.backend.name}: {self.reason}", *(f"  not {name}: {why}" for name, why in self.refused)]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"  how: {self.how}"] if self.how else lines)
 
 
 def resolve(backend: str, problem: Problem) -> Choice:
@@ -160,14 +177,15 @@ def explain(
         weight=None if weight is None else lookup(weight),
         activation=parse_activation(activation),
     )
-    return resolve(backend, problem)
+    choice = resolve(backend, problem)
+    return replace(choice, how=choice.backend.load("describe")(problem))
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Every backend with what it is, or with why it cannot run the experts operation on ``device``."""
-    problem = Problem(op="fused_experts", device=torch.device(device), dtype=torch.bfloat16)
+    """Every backend with what it is, or with why it cannot run packed experts on ``device``."""
+    problem = Problem(op="fused_experts", device=torch.device(device), dtype=torch.bfloat16, weight=MXFP4)
     found = dict.fromkeys(PLANNED, "unavailable: not part of this version")
     for b in BACKENDS:
         why = b.refuses(problem)
-        found[b.name] = b.summary if why is None else f"unavailable: {why}"
+        found[b.name] = f"{b.summary}; {b.load('describe')(None)}" if why is None else f"unavailable: {why}"
     return found

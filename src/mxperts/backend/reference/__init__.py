@@ -3,5 +3,12 @@
 from mxperts.backend.reference.experts import fused_experts, prepare, unprepare
 from mxperts.backend.reference.linear import mx_linear
 from mxperts.backend.reference.quantize import dequantize, fake_quantize, quantize
+from mxperts.ops.dispatch import Problem
 
-__all__ = ["dequantize", "fake_quantize", "fused_experts", "mx_linear", "prepare", "quantize", "unprepare"]
+
+def describe(problem: Problem | None) -> str:
+    """How it runs any problem."""
+    return "exact products, sums in float64"
+
+
+__all__ = ["dequantize", "describe", "fake_quantize", "fused_experts", "mx_linear", "prepare", "quantize", "unprepare"]

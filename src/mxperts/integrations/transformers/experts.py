@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mxperts.checkpoint.stored import stored_tensor
+from mxperts.errors import BackendUnavailable
 from mxperts.formats import FP8_STATIC, Activation, BlockFormat
 from mxperts.integrations.transformers.gate import Gate, recognize
 from mxperts.integrations.transformers.linear import StoredLinear
+from mxperts.nn.prepared import PreparedWeights, has_own_layout
 from mxperts.ops.experts import fused_experts
 from mxperts.ops.linear import mx_linear
+from mxperts.ops.prepare import PreparedExperts, Weight
 from mxperts.tensor import MXTensor
 
 ExpertsModule: TypeAlias = Any
@@ -55,6 +59,7 @@ class Stacked:
         backend: "auto" or a backend's name.
         gate: the module's activation function, or None for one that only the module itself can compute.
         input_scales: static fp8: the scale of either projection's input.
+        prepared: the weights in the backend's own layout, if it has one.
     """
 
     up: PackedProjection
@@ -64,6 +69,7 @@ class Stacked:
     backend: str
     gate: Gate | None = None
     input_scales: tuple[float, float] | None = None
+    prepared: PreparedWeights = field(default_factory=PreparedWeights, repr=False)
 
 
 @dataclass(kw_only=True)
@@ -119,6 +125,76 @@ def mx_weight(module: ExpertsModule, projection: PackedProjection) -> MXTensor:
     return stored_tensor(codes, scales, p.format, p.k, block_rows=p.block_rows, parts=p.parts)
 
 
+def prepare_weights(module: ExpertsModule, dtype: torch.dtype) -> PreparedExperts | None:
+    """The weights of a module that ``runs_fused`` in the layout of the backend that runs hidden states of ``dtype``.
+
+    The memory of the module's parameters is freed; see ``PreparedWeights``.
+
+    Returns:
+        None where the backend wants the parameters as they are, or where their memory is not ours to free.
+
+    Raises:
+        BackendUnavailable: the named backend cannot run here, or memory is short; the module is as before.
+    """
+    packed: Stacked = module.mxperts
+    if not torch.compiler.is_compiling() and _is_offloaded(module):
+        return None
+    up, down = packed.up, packed.down
+    return packed.prepared.of(
+        module,
+        (up.codes, up.scales, down.codes, down.scales),
+        lambda: _weights(module),
+        partial(_as_stored, (up, down)),
+        weight=up.format,
+        interleaved=packed.interleaved,
+        activation_format=packed.activation,
+        dtype=dtype,
+        backend=packed.backend,
+    )
+
+
+def _weights(module: ExpertsModule) -> tuple[Weight, Weight]:
+    return mx_weight(module, module.mxperts.up), mx_weight(module, module.mxperts.down)
+
+
+def _give_back(module: ExpertsModule, *args: object) -> None:
+    """Compiled code would not notice that ``load_state_dict(assign=True)`` replaces parameters."""
+    module.mxperts.prepared.give_back()
+
+
+def _as_stored(projections: tuple[PackedProjection, ...], experts: PreparedExperts) -> list[Tensor]:
+    """Codes and scales of each projection as the module's parameters have them: the inverse of ``mx_weight``."""
+    tensors = []
+    for p, weight in zip(projections, experts.unprepare(), strict=True):
+        assert isinstance(weight, MXTensor)
+        scales = weight.scales.unflatten(-2, (p.parts, -1))[..., :: p.block_rows, :].flatten(-3, -2)
+        tensors += [weight.packed[..., : p.format.stored_size(p.k)], scales]
+    return tensors
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's parameters for each forward pass and takes them away again."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
+
+
+def needs_preparing(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether ``prepare_weights`` has anything to do."""
+    packed = getattr(module, "mxperts", None)
+    if not isinstance(packed, Stacked) or not runs_fused(module) or _is_offloaded(module):
+        return False
+    try:
+        return has_own_layout(
+            device=getattr(module, packed.up.codes).device,
+            dtype=dtype,
+            weight=packed.up.format,
+            activation_format=packed.activation,
+            backend=packed.backend,
+        )
+    except BackendUnavailable:  # on this device; the model may be moved to another before it runs
+        return False
+
+
 def experts_forward(module: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """One experts layer, as Transformers' experts interface calls it.
 
@@ -136,9 +212,14 @@ def experts_forward(module: ExpertsModule, hidden_states: Tensor, top_k_index: T
         stock: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
         return stock(module, hidden_states, top_k_index, top_k_weights)
     top_k_index = top_k_index.masked_fill(top_k_index >= module.num_experts, -1)
-    if isinstance(packed, Stacked) and packed.gate is not None and not _has_norm(module):
+    if isinstance(packed, Stacked) and packed.gate is not None and runs_fused(module):
         return _fused(module, packed, packed.gate, hidden_states, top_k_index, top_k_weights)
     return _one_by_one(module, packed, hidden_states, top_k_index, top_k_weights)
+
+
+def runs_fused(module: ExpertsModule) -> bool:
+    """Whether one ``fused_experts`` is all that a module with packed weights computes."""
+    return isinstance(module.mxperts, Stacked) and module.mxperts.gate is not None and not _has_norm(module)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
@@ -154,6 +235,8 @@ def finish_experts(module: ExpertsModule) -> None:
             getattr(module, f"{name}_input_scale").detach().max() for name in (up_projection(module), "down_proj")
         )
         packed.input_scales = (float(up), float(down))
+    if isinstance(packed, Stacked):
+        module.register_load_state_dict_pre_hook(_give_back)
 
 
 def _fused(
@@ -164,10 +247,12 @@ def _fused(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
+    prepared = prepare_weights(module, hidden_states.dtype)
+    gate_up_proj, down_proj = (prepared, None) if prepared is not None else _weights(module)
     return fused_experts(
         hidden_states,
-        mx_weight(module, packed.up),
-        mx_weight(module, packed.down),
+        gate_up_proj,
+        down_proj,
         top_k_index,
         top_k_weights,
         activation=gate.name,

@@ -66,7 +66,9 @@ def load(
 
     Returns:
         A Transformers model. Every quantised weight stays packed, and inputs are quantised as the checkpoint or the
-        scheme says. ``save_pretrained`` writes the same bytes back.
+        scheme says. Experts are brought to the layout that their backend wants, if it has one of its own, and take no
+        memory in any other; whatever looks at a parameter sees what was stored, and ``save_pretrained`` writes the same
+        bytes back.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or its config says something that is not supported.

@@ -11,12 +11,21 @@ import transformers
 from packaging.version import Version
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from mxperts.checkpoint import Checkpoint
 from mxperts.checkpoint.reader import CONFIG
 from mxperts.errors import BackendUnavailable
 from mxperts.integrations.transformers.config import MXConfig
-from mxperts.integrations.transformers.experts import IMPLEMENTATION, Apart, Stacked, finish_experts
+from mxperts.integrations.transformers.experts import (
+    IMPLEMENTATION,
+    Apart,
+    Stacked,
+    finish_experts,
+    mx_experts,
+    needs_preparing,
+    prepare_weights,
+)
 from mxperts.integrations.transformers.linear import StoredLinear
 from mxperts.integrations.transformers.on_the_fly import (
     QuantizeOnLoad,
@@ -96,6 +105,7 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
         check_complete(model)
         for module in model.modules():
             finish_loading(module)
+        _prepare_experts(model)
         if not self.pre_quantized:
             model._weight_conversions = saving_conversions(model._weight_conversions, self.converters)
         return model
@@ -126,3 +136,11 @@ def finish_loading(module: Any) -> None:
         module.finish()
     elif isinstance(getattr(module, "mxperts_weight", None), Unpacked):
         unpack(module)
+
+
+def _prepare_experts(model: Any) -> None:
+    """Bring experts to the layout of the backend that will run them; of one layer at a time there are two copies."""
+    modules = [module for _, module in mx_experts(model) if needs_preparing(module, model.dtype)]
+    if modules:
+        for module in logging.tqdm(modules, desc="Preparing experts"):
+            prepare_weights(module, model.dtype)

@@ -1,0 +1,128 @@
+"""Weights in the backend's own layout, with what has to be known of their numbers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mxperts.backend.cpu.layout import Projection
+from mxperts.formats import SCALE_BIAS, SCALE_NAN, BlockFormat
+from mxperts.ops.prepare import ExpertsLayout
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""In the order of ``call.BF16``, ``FP16``, ``FP32``."""
+LARGEST_SCALE = SCALE_BIAS + 33
+"""Beyond this scale byte what bf16 products lose below 2^-126 could be seen in results of common size."""
+
+
+def prepare(weights: Sequence[Tensor], layout: ExpertsLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles of both projections and, uint8 [3, E], which experts need care with bf16, fp16 and fp32 hidden states."""
+    up, down = projections(layout)
+    gate_up_packed, gate_up_scales, down_packed, down_scales = weights
+    careful = need_care(gate_up_packed, gate_up_scales, up.format) | need_care(down_packed, down_scales, down.format)
+    return up.to_tiles(gate_up_packed, gate_up_scales), down.to_tiles(down_packed, down_scales), careful
+
+
+def unprepare(weights: Sequence[Tensor], layout: ExpertsLayout) -> list[Tensor]:
+    """The codes and scales that ``prepare`` was given."""
+    up, down = projections(layout)
+    return [*up.from_tiles(weights[0]), *down.from_tiles(weights[1])]
+
+
+@lru_cache
+def projections(layout: ExpertsLayout) -> tuple[Projection, Projection]:
+    """The shapes of both projections."""
+    assert layout.weight is not None, "dense weights"
+    return (
+        Projection(
+            format=layout.weight,
+            rows=layout.gate_up_rows,
+            k=layout.hidden,
+            gated=layout.gated,
+            interleaved=layout.interleaved,
+        ),
+        Projection(format=layout.weight, rows=layout.hidden, k=layout.intermediate),
+    )
+
+
+def need_care(packed: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:
+    """uint8 [3, E]: experts with a value that a dtype rounds, or with a scale beyond ``LARGEST_SCALE``.
+
+    Args:
+        packed, scales: [E, N, P] and [E, N, K / 32].
+    """
+    careful = torch.zeros(len(_DTYPES), packed.shape[0], dtype=torch.uint8)
+    for e in range(packed.shape[0]):
+        s = scales[e]
+        present = torch.zeros(256, dtype=torch.bool)
+        present[s.flatten().to(torch.int64)] = True
+        for i, dtype in enumerate(_DTYPES):
+            suspect = present & _inexact_scales(fmt, dtype)
+            if not bool(suspect.any()):
+                continue
+            blocks = suspect[s.to(torch.int64)]  # [N, K / 32]
+            codes = packed[e].unflatten(-1, (-1, fmt.block_bytes))[blocks]
+            careful[i, e] = bool((_magnitudes(codes, fmt) != 0).any())
+    return careful
+
+
+def _magnitudes(codes: Tensor, fmt: BlockFormat) -> Tensor:
+    """Packed codes with the bits cleared that are only signs."""
+    from mxperts.packing import unpack
+
+    element = fmt.element
+    return unpack(codes, fmt) & (element.sign_bit - 1) if element.has_signed_zero else codes
+
+
+@lru_cache
+def _inexact_scales(fmt: BlockFormat, dtype: torch.dtype) -> Tensor:
+    """bool [256]: scale bytes with which an element other than zero is not what it should be in a dtype."""
+    values = torch.tensor([v for v in fmt.element.values if v and abs(v) < float("inf")], dtype=torch.float64)
+    exponents = torch.arange(256, dtype=torch.float64) - SCALE_BIAS
+    exact = values * torch.exp2(exponents).unsqueeze(-1)  # [256, values]
+    inexact = (exact.to(torch.float32).to(dtype).to(torch.float64) != exact).any(-1)
+    inexact[LARGEST_SCALE + 1 :] = True
+    inexact[SCALE_NAN] = False
+    return inexact
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The prepared form of tensors that are alive."""
+
+    storages: tuple[weakref.ref[torch.UntypedStorage], ...]
+    versions: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+
+_kept: dict[tuple[object, ...], _Kept] = {}
+
+
+def of_experts(weights: Sequence[Tensor], layout: ExpertsLayout) -> tuple[Tensor, ...]:
+    """``prepare``, done once for the same tensors and kept as long as they live."""
+    return _once(weights, layout, lambda: prepare(weights, layout))
+
+
+def of_linear(weight: Sequence[Tensor], shape: Projection) -> tuple[Tensor, ...]:
+    """Tiles of one weight [N, K] and whether it needs care, uint8 [3, 1]; once, as ``of_experts``."""
+    packed, scales = (t.unsqueeze(0) for t in weight)
+    return _once(weight, shape, lambda: (shape.to_tiles(packed, scales), need_care(packed, scales, shape.format)))
+
+
+def _once(tensors: Sequence[Tensor], shape: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    key = (shape, *((t.data_ptr(), t.shape, t.stride()) for t in tensors))
+    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    found = _kept.get(key)
+    if found is not None and found.versions == versions:
+        alive = (ref() for ref in found.storages)
+        if all(s is not None and s.data_ptr() == t.untyped_storage().data_ptr() for s, t in zip(alive, tensors)):
+            return found.tensors
+    made = make()
+    storages = tuple(weakref.ref(t.untyped_storage(), lambda _: _kept.pop(key, None)) for t in tensors)
+    _kept[key] = _Kept(storages, versions, made)
+    return made
