@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+import mxperts as mx
 from mxperts.ops import dispatch
 
 FOLDER = Path(__file__).parents[1] / "nn"
@@ -27,8 +28,19 @@ def reversing(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module.reset()
 
 
-@pytest.fixture(params=["reference", "reversing"])
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Now "auto" takes the reference, which takes weights as they are."""
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(b for b in dispatch.BACKENDS if b.name == "reference"))
+
+
+@pytest.fixture
+def cpu() -> None:
+    """What "auto" takes on a CPU as it is."""
+    assert mx.explain(weight="mxfp4").backend.name == "cpu"
+
+
+@pytest.fixture(params=["reference", "reversing", "cpu"])
 def either_layout(request: pytest.FixtureRequest) -> None:
-    """Run a test with a backend that takes weights as they are, and with one that has a layout of its own."""
-    if request.param != "reference":
-        request.getfixturevalue(request.param)
+    """Run a test with a backend that takes weights as they are, and with two that have layouts of their own."""
+    request.getfixturevalue(request.param)

@@ -81,6 +81,7 @@ def test_memory_that_others_know_by_address_is_not_freed(reversing: ModuleType) 
     assert out.any()
 
 
+@pytest.mark.usefixtures("reference")
 def test_the_reference_has_no_layout_of_its_own() -> None:
     module = experts()
     module.prepare()

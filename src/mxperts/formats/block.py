@@ -33,6 +33,9 @@ class BlockFormat:
     element: ElementFormat
     block_size: int = 32
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # formats are keys of what is looked up for every call
+
     @property
     def bits_per_value(self) -> float:
         """Stored bits per value, the scale's share included."""

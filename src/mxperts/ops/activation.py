@@ -111,7 +111,16 @@ def bind_activation(
     Raises:
         ArgumentError: no such function; a constant that it does not take, lacks, or cannot use.
     """
-    key = normalize(name) if isinstance(name, str) else ""
+    if not isinstance(name, str):
+        raise ArgumentError(f"unknown activation {name!r}; {suggest('', ACTIVATIONS)}")
+    return _bind(name, limit, alpha, beta, linear_beta)
+
+
+@lru_cache
+def _bind(
+    name: str, limit: float | None, alpha: float | None, beta: float | None, linear_beta: float | None
+) -> BoundActivation:
+    key = normalize(name)
     key = _ALIASES.get(key, key)
     if key not in ACTIVATIONS:
         raise ArgumentError(f"unknown activation {name!r}; {suggest(key, ACTIVATIONS)}")

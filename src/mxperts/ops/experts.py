@@ -14,6 +14,7 @@ from mxperts.errors import ArgumentError
 from mxperts.formats import FP8_STATIC, Activation, parse_activation
 from mxperts.ops.activation import BoundActivation, bind_activation
 from mxperts.ops.dispatch import Problem, run
+from mxperts.ops.eager import is_eager
 from mxperts.ops.prepare import ExpertsLayout, PreparedExperts, Weight, canonical_tensors, layout_of
 from mxperts.ops.quantize import FLOAT_DTYPES
 
@@ -163,28 +164,32 @@ def fused_experts(
                 f"{name} is on {tensor.device} but hidden_states on {hidden_states.device}; move one of them"
             )
 
-    arguments = (
-        hidden_states,
-        weights,
-        layout.encode(),
-        top_k_index,
-        top_k_weights,
-        function.encode(),
-        "" if activation_format is None else str(activation_format),
-        gate_up_bias,
-        down_bias,
-        *(scales or (None, None)),
-        expert_map,
-        apply_router_weight_on_input,
-        accumulation,
-        isinstance(gate_up_proj, PreparedExperts),
-        backend,
+    call = ExpertsCall(
+        hidden_states=hidden_states,
+        weights=weights,
+        layout=layout,
+        top_k_index=top_k_index,
+        top_k_weights=top_k_weights,
+        activation=function,
+        activation_format=activation_format,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        input_scales=scales,
+        expert_map=expert_map,
+        router_weight_on_input=apply_router_weight_on_input,
+        accumulation=accumulation,
+        prepared=isinstance(gate_up_proj, PreparedExperts),
     )
+    if out is not None:
+        _check_out(out, hidden_states)
+    if is_eager(hidden_states, top_k_index, top_k_weights, out):
+        result = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+        _execute(call, result if out is None else out, backend)
+        return result if out is None else out
     if out is None:
-        result: Tensor = _fused_experts_op(*arguments)
+        result = _fused_experts_op(*_arguments(call), backend)
         return result
-    _check_out(out, hidden_states)
-    _fused_experts_out_op(*arguments, out)
+    _fused_experts_out_op(*_arguments(call), backend, out)
     return out
 
 
@@ -355,6 +360,26 @@ def _(*arguments: Any) -> None:
     return None
 
 
+def _arguments(call: ExpertsCall) -> tuple[Any, ...]:
+    """A call as operators take it, whose arguments must be plain: see ``_ARGUMENTS``."""
+    return (
+        call.hidden_states,
+        call.weights,
+        call.layout.encode(),
+        call.top_k_index,
+        call.top_k_weights,
+        call.activation.encode(),
+        "" if call.activation_format is None else str(call.activation_format),
+        call.gate_up_bias,
+        call.down_bias,
+        *(call.input_scales or (None, None)),
+        call.expert_map,
+        call.router_weight_on_input,
+        call.accumulation,
+        call.prepared,
+    )
+
+
 def _run(
     out: Tensor,
     hidden_states: Tensor,
@@ -374,7 +399,7 @@ def _run(
     prepared: bool,
     backend: str,
 ) -> None:
-    """Look at the values, which only now are there under torch.compile, and run the backend."""
+    """What ``_arguments`` made of a call, run."""
     call = ExpertsCall(
         hidden_states=hidden_states,
         weights=weights,
@@ -391,14 +416,19 @@ def _run(
         accumulation=accumulation,
         prepared=prepared,
     )
-    if hidden_states.device.type == "cpu":
+    _execute(call, out, backend)
+
+
+def _execute(call: ExpertsCall, out: Tensor, backend: str) -> None:
+    """Look at the values, which only now are there under torch.compile, and run the backend."""
+    if call.hidden_states.device.type == "cpu":
         _check_ids(call)
         for i, scale in enumerate(call.input_scales or ()):
             check_scale_values(scale, f"input_scales[{i}]")
     problem = Problem(
         op="fused_experts",
-        device=hidden_states.device,
-        dtype=hidden_states.dtype,
+        device=call.hidden_states.device,
+        dtype=call.hidden_states.dtype,
         weight=call.layout.weight,
         activation=call.activation_format,
     )
@@ -410,10 +440,11 @@ def _check_ids(call: ExpertsCall) -> None:
     experts = call.layout.experts
     ids = experts if call.expert_map is None else call.expert_map.shape[0]
     for name, tensor, count in (("top_k_index", call.top_k_index, ids), ("expert_map", call.expert_map, experts)):
-        if tensor is None:
+        if tensor is None or tensor.numel() == 0:
             continue
-        wrong = tensor[(tensor < -1) | (tensor >= count)]
-        if wrong.numel():
+        least, most = torch.aminmax(tensor)
+        if int(least) < -1 or int(most) >= count:
+            wrong = tensor[(tensor < -1) | (tensor >= count)]
             raise ArgumentError(
                 f"{name} holds {int(wrong[0])}; ids of {count} experts lie in 0..{count - 1}, and -1 means none"
             )

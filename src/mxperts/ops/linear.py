@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mxperts.errors import ArgumentError
-from mxperts.formats import FP8_STATIC, Activation, parse_activation
+from mxperts.formats import FP8_STATIC, Activation, BlockFormat, parse_activation
 from mxperts.formats import format as lookup
 from mxperts.ops.dispatch import Problem, run
+from mxperts.ops.eager import is_eager
 from mxperts.ops.experts import InputScale, as_input_scale, check_scale_values
 from mxperts.ops.prepare import Weight, canonical_tensors, check_weight, weight_format
 from mxperts.ops.quantize import FLOAT_DTYPES
@@ -73,15 +74,12 @@ def mx_linear(
         )
     scale = None if input_scale is None else as_input_scale(input_scale, "input_scale", 1, x.device)
     fmt = weight_format(weight)
+    tensors, out_dtype = canonical_tensors(weight), out_dtype or x.dtype
+    if is_eager(x, bias, *tensors):
+        return _execute(x, tensors, fmt, bias, activation, scale, out_dtype, backend)
+    activation_name = "" if activation is None else str(activation)
     y: Tensor = _mx_linear_op(
-        x,
-        canonical_tensors(weight),
-        "" if fmt is None else fmt.name,
-        bias,
-        "" if activation is None else str(activation),
-        scale,
-        out_dtype or x.dtype,
-        backend,
+        x, tensors, "" if fmt is None else fmt.name, bias, activation_name, scale, out_dtype, backend
     )
     return y
 
@@ -97,12 +95,25 @@ def _mx_linear_op(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    f, a = lookup(fmt) if fmt else None, parse_activation(activation or None)
+    return _execute(x, weight, f, bias, a, input_scale, out_dtype, backend)
+
+
+def _execute(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: BlockFormat | None,
+    bias: Tensor | None,
+    activation: Activation,
+    input_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Look at the values, which only now are there under torch.compile, and run the backend."""
     if input_scale is not None and x.device.type == "cpu":
         check_scale_values(input_scale, "input_scale")
-    f = lookup(fmt) if fmt else None
-    a = parse_activation(activation or None)
-    problem = Problem(op="mx_linear", device=x.device, dtype=x.dtype, weight=f, activation=a)
-    y: Tensor = run(backend, problem, x, weight, f, bias, a, input_scale, out_dtype)
+    problem = Problem(op="mx_linear", device=x.device, dtype=x.dtype, weight=fmt, activation=activation)
+    y: Tensor = run(backend, problem, x, weight, fmt, bias, activation, input_scale, out_dtype)
     return y
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ class ExpertsLayout:
     intermediate: int
     gated: bool
     interleaved: bool
+
+    def __hash__(self) -> int:
+        return self._hash  # computed once: a layout is looked up for every call
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
     @property
     def gate_up_rows(self) -> int:

@@ -22,6 +22,8 @@ STRIP = 64
 """Rows of a strip."""
 QUARTERS = 4
 """Vectors of 16 rows in a strip."""
+HUGE_PAGE = 1 << 21
+"""Bytes of a huge page on the systems that have a way to ask for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +140,10 @@ class Projection:
 
 def big_empty(nbytes: int) -> Tensor:
     """Unset memory uint8 [nbytes], in huge pages where the system has them: kernels walk through all of it."""
-    if nbytes < 1 << 21:
+    if nbytes < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + nbytes]

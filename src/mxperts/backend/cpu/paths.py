@@ -108,11 +108,16 @@ def choose(weight: BlockFormat | None, activation: Activation, accumulation: str
         BackendUnavailable: the path that ``use_path`` asks for cannot run it.
     """
     if _forced.path is None:
-        return next(path for path in PATHS if path.refuses(weight, activation, accumulation) is None)
+        return _best(weight, activation, accumulation)
     why = _forced.path.refuses(weight, activation, accumulation)
     if why is not None:
         raise BackendUnavailable(f"path {_forced.path.name!r} cannot run this: {why}")
     return _forced.path
+
+
+@lru_cache
+def _best(weight: BlockFormat | None, activation: Activation, accumulation: str) -> Path:
+    return next(path for path in PATHS if path.refuses(weight, activation, accumulation) is None)
 
 
 def careful_path() -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mxperts.backend.cpu import simd
-from mxperts.backend.cpu.bf16 import PREFETCH, ROWS, row_pointers
+from mxperts.backend.cpu.bf16 import Prefetch, row_pointers
 from mxperts.backend.cpu.decode import Decoder
 from mxperts.backend.cpu.layout import QUARTERS, STRIP
 
@@ -55,20 +55,18 @@ def emit_direct(decoder: Decoder, rows: int) -> Any:
             tile = b.add(tiles, b.mul(block, simd.I64(tile_bytes)))
             at = b.mul(block, simd.I64(BLOCK_BYTES))
             here = [b.add(p, at) for p in x]
-            for line in range(0, tile_bytes, 64):
-                simd.prefetch(b, tile, PREFETCH + line)
+            ahead = Prefetch(b, tile, tile_bytes, QUARTERS * decoder.groups)
             following = list(carried)
             kept = sums if in_registers else simd.opaque(b, sums)
             for first in range(0, QUARTERS, together):
                 quarters = range(first, first + together)
                 parts = {(m, v): _broadcast(b, here[m], _START) for m in range(rows) for v in quarters}
                 for group in range(decoder.groups):
-                    decoded = {
-                        v: decoder.bytes(
-                            b, b.add(tile, simd.I64(STRIP + v * 16 * decoder.format.block_bytes)), table, group
-                        )
-                        for v in quarters
-                    }
+                    decoded = {}
+                    for v in quarters:
+                        ahead.step()
+                        codes = b.add(tile, simd.I64(STRIP + v * 16 * decoder.format.block_bytes))
+                        decoded[v] = decoder.bytes(b, codes, table, group)
                     for j in range(per_group):
                         for m in range(rows):
                             four = _broadcast(b, here[m], 4 * (group * per_group + j))
@@ -105,13 +103,13 @@ def emit_decode(decoder: Decoder) -> Any:
 
         def turn(block: Any, carried: list[Any]) -> list[Any]:
             tile = b.add(tiles, b.mul(block, simd.I64(tile_bytes)))
-            for line in range(0, tile_bytes, 64):
-                simd.prefetch(b, tile, PREFETCH + line)
+            ahead = Prefetch(b, tile, tile_bytes, QUARTERS * decoder.groups)
             out = b.add(values, b.mul(block, simd.I64(STEPS * 64 * QUARTERS)))
             scale_out = b.add(scales, b.mul(block, simd.I64(64 * QUARTERS)))
             for v in range(QUARTERS):
                 codes = b.add(tile, simd.I64(STRIP + v * 16 * decoder.format.block_bytes))
                 for group in range(decoder.groups):
+                    ahead.step()
                     for j, fours in enumerate(decoder.bytes(b, codes, table, group)):
                         step = group * per_group + j
                         simd.store(b, fours, out, offset=64 * (step * QUARTERS + v), align=64)
