@@ -5,12 +5,13 @@ import torch
 
 from mxperts.benchmark import PEERS, Problem, choose, parse_shape
 from mxperts.benchmark.check import Reference
-from mxperts.benchmark.contenders import DequantizeFirst
+from mxperts.benchmark.contenders import DequantizeFirst, default_backends
 from mxperts.benchmark.contenders.dequantize_first import dequantize_all, lookup_table
 from mxperts.benchmark.contenders.ggml import to_blocks
 from mxperts.benchmark.inputs import make_inputs
 from mxperts.errors import ArgumentError, BackendUnavailable, MxpertsError
 from mxperts.formats import BLOCK_FORMATS, MXFP4, Scheme
+from mxperts.ops import dispatch
 from mxperts.ops.quantize import dequantize
 from mxperts.tensor import MXTensor
 
@@ -59,6 +60,16 @@ def test_what_takes_part_begins_with_the_baseline():
     assert [c.name for c in choose(["reference"], ["bf16"])] == ["dequantise-first", "mxperts reference", "bf16"]
     assert [c.name for c in choose(["reference"], [], baseline=False)] == ["mxperts reference"]
     assert [c.name for c in choose(["reference"], ["installed"])][2:] == list(PEERS)
+
+
+def test_backends_by_default_are_those_built_for_speed(monkeypatch):
+    def backend(name, why_not=None):
+        return dispatch.Backend(name=name, module="none", refuses=lambda problem: why_not, summary="")
+
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend("fast"), backend("reference"), backend("other", "not here")))
+    assert default_backends() == ["fast"]
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend("fast", "not here"), backend("reference")))
+    assert default_backends() == ["reference"]
 
 
 def test_unknown_names_are_refused():

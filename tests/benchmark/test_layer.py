@@ -69,6 +69,7 @@ def test_records_are_flat_and_have_the_same_keys(rows):
     assert (first["scheme"], first["dtype"], first["device"]) == ("w_mxfp4", "bfloat16", "cpu")
     assert first["bytes"] == 2 * 3264 + 2 * 64 * 2
     assert records[3]["median_ms"] is None
+    assert [bool(record["how"]) for record in records[:4]] == [False, True, False, False]
 
 
 def test_weights_without_room_are_refused(monkeypatch):

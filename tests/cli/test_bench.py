@@ -116,8 +116,9 @@ def test_model_rows_are_as_in_llama_bench(runner, checkpoint, tmp_path):
     assert saved[0]["conditions"]["versions"]["torch"]
 
 
-def test_model_as_json_without_baseline(runner, checkpoint):
-    arguments = [*MODEL, str(checkpoint), "--no-baseline", "--peers", "none", "--output", "json"]
+def test_model_as_json_without_baseline(runner, checkpoint, monkeypatch):
+    monkeypatch.setattr("mxperts.cli.bench.default_backends", lambda: ["reference"])
+    arguments = [*MODEL[:-2], str(checkpoint), "--no-baseline", "--peers", "none", "--output", "json"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)

@@ -172,12 +172,10 @@ def model(
             path = resolve_model(model)
         subject = subject_of(path, None if random else scheme, name=f"{random}, {layers} layers" if random else None)
         tests = parse_tests(subject, pp, tg)
-        stack.enter_context(emulation.registered())
-        contenders = choose_models(
-            subject,
-            ([emulation.NAME] if baseline else []) + (default_backends() if backends is None else _names(backends)),
-            [] if peers == "none" else _names(peers),
-        )
+        chosen = default_backends() if backends is None else _names(backends)
+        if baseline:
+            chosen.insert(0, stack.enter_context(emulation.registered()))
+        contenders = choose_models(subject, chosen, [] if peers == "none" else _names(peers))
         rows = bench_model(
             subject,
             contenders,
