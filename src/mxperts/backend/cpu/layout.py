@@ -13,9 +13,12 @@ import mmap
 from dataclasses import dataclass
 
 import torch
+from numba import carray, prange
 from torch import Tensor
 
 from mxperts.backend.cpu.decode import Words
+from mxperts.backend.cpu.jit import exclusive, jit, kernel, threads
+from mxperts.backend.cpu.memory import byte_pointer, double_byte_pointer
 from mxperts.formats import SCALE_BIAS, BlockFormat
 
 STRIP = 64
@@ -67,75 +70,89 @@ class Projection:
         """Tiles uint8 [E, strips, blocks, tile_bytes] of codes [E, N, P] and scales [E, N, blocks]."""
         experts = packed.shape[0]
         tiles = big_empty(experts * self.strips * self.blocks * self.tile_bytes)
-        tiles = tiles.view(experts, self.strips, self.blocks, self.tile_bytes)
-        for e in range(experts):
-            tile_scales, tile_codes = self._views(tiles[e])
-            tile_scales.copy_(self._in_strips(scales[e], SCALE_BIAS).permute(0, 2, 1))
-            words = self._in_strips(packed[e], 0)  # [strips, 64, bytes]
-            tile_codes.copy_(self._as_words(words))
-        return tiles
+        self._move(packed.contiguous(), scales.contiguous(), tiles, back=False)
+        return tiles.view(experts, self.strips, self.blocks, self.tile_bytes)
 
     def from_tiles(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """The codes and scales that ``to_tiles`` was given."""
         experts = tiles.shape[0]
         packed = torch.empty(experts, self.rows, self.format.packed_size(self.k), dtype=torch.uint8)
         scales = torch.empty(experts, self.rows, self.blocks, dtype=torch.uint8)
-        for e in range(experts):
-            tile_scales, tile_codes = self._views(tiles[e])
-            scales[e] = self._in_rows(tile_scales.permute(0, 2, 1))
-            words = torch.empty(
-                self.strips, STRIP, self.blocks * self.format.block_bytes, dtype=torch.uint8
-            )
-            self._as_words(words).copy_(tile_codes)
-            packed[e] = self._in_rows(words)[:, : packed.shape[2]]
+        self._move(packed, scales, tiles, back=True)
         return packed, scales
 
-    def _views(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales [strips, blocks, 64] and codes as 16-bit words [strips, blocks, quarter, group, word, row, half]."""
+    def _move(self, packed: Tensor, scales: Tensor, tiles: Tensor, *, back: bool) -> None:
         words = Words.of(self.format.element)
-        groups = words.groups(self.format.block_size)
-        codes = tiles[:, :, STRIP:].view(torch.int16)
-        return tiles[:, :, :STRIP], codes.unflatten(-1, (QUARTERS, groups, words.words, 16, 2))
+        addresses = packed.data_ptr(), scales.data_ptr(), tiles.data_ptr()
+        shape = packed.shape[0] * self.strips, self.strips, self.rows, self.blocks
+        order = int(self.gated), int(self.interleaved)
+        with exclusive():
+            _move_strips(*addresses, *shape, *order, words.groups(self.format.block_size), words.words, back, threads())
 
-    def _as_words(self, rows: Tensor) -> Tensor:
-        """Rows of codes [strips, 64, bytes] as the same words as in ``_views``."""
-        words = Words.of(self.format.element)
-        groups = words.groups(self.format.block_size)
-        split = rows.view(torch.int16).view(self.strips, QUARTERS, 16, self.blocks, groups, 2, words.words)
-        return split.permute(0, 3, 1, 4, 6, 2, 5)
 
-    def _in_strips(self, rows: Tensor, fill: int) -> Tensor:
-        """Rows [N, ...] of one expert, padded, in the order of strips: [strips, 64, bytes of whole blocks]."""
-        width = rows.shape[1]
-        if width != self.blocks:
-            width = self.blocks * self.format.block_bytes
-        padded = rows.new_full((self.strips * STRIP, width), fill)
-        for there, here in self._halves():
-            block = rows[here]
-            padded.view(self.strips, STRIP, width)[:, there].flatten(0, 1)
-            target = padded.view(self.strips, STRIP, width)[:, there]
-            full = block.new_full((target.shape[0] * target.shape[1], width), fill)
-            full[: block.shape[0], : block.shape[1]] = block
-            target.copy_(full.view(target.shape))
-        return padded.view(self.strips, STRIP, width)
+@jit
+def _row_of(strip: int, lane: int, rows: int, gated: int, interleaved: int) -> int:
+    """The weight's row in one of a strip's 64 places; -1 for none."""
+    if gated == 0:
+        row = strip * STRIP + lane
+        return row if row < rows else -1
+    half, place = lane // (STRIP // 2), strip * (STRIP // 2) + lane % (STRIP // 2)
+    if place >= rows // 2:
+        return -1
+    return 2 * place + half if interleaved else half * (rows // 2) + place
 
-    def _in_rows(self, strips: Tensor) -> Tensor:
-        """The inverse of ``_in_strips``."""
-        rows = strips.new_empty(self.rows, strips.shape[2])
-        for there, here in self._halves():
-            target = rows[here]
-            target.copy_(strips[:, there].flatten(0, 1)[: target.shape[0]])
-        return rows
 
-    def _halves(self) -> list[tuple[slice, slice]]:
-        """Which rows of a strip hold which rows of the weight."""
-        if not self.gated:
-            return [(slice(None), slice(None))]
-        half = self.rows // 2
-        gate, up = slice(0, STRIP // 2), slice(STRIP // 2, STRIP)
-        if self.interleaved:
-            return [(gate, slice(0, None, 2)), (up, slice(1, None, 2))]
-        return [(gate, slice(0, half)), (up, slice(half, None))]
+@kernel()
+def _move_strips(
+    packed_at: int,
+    scales_at: int,
+    tiles_at: int,
+    all_strips: int,
+    strips: int,
+    rows: int,
+    blocks: int,
+    gated: int,
+    interleaved: int,
+    groups: int,
+    words: int,
+    back: bool,
+    threads: int,
+) -> None:
+    """Between rows of codes and scales and tiles, in either direction."""
+    row_words, tile_words = blocks * groups * 2 * words, STRIP // 2 + STRIP * groups * 2 * words
+    for thread in prange(threads):
+        for item in range(all_strips * thread // threads, all_strips * (thread + 1) // threads):
+            expert, strip = item // strips, item % strips
+            codes = carray(double_byte_pointer(packed_at + 2 * expert * rows * row_words), rows * row_words)
+            scales = carray(byte_pointer(scales_at + expert * rows * blocks), rows * blocks)
+            size = blocks * tile_words
+            tiles = carray(double_byte_pointer(tiles_at + 2 * item * size), size)
+            tile_scales = carray(byte_pointer(tiles_at + 2 * item * size), 2 * size)
+            for lane in range(STRIP):
+                row = _row_of(strip, lane, rows, gated, interleaved)
+                for block in range(blocks):
+                    scale_at = 2 * block * tile_words + lane
+                    if row < 0:
+                        if not back:
+                            tile_scales[scale_at] = SCALE_BIAS
+                    elif back:
+                        scales[row * blocks + block] = tile_scales[scale_at]
+                    else:
+                        tile_scales[scale_at] = scales[row * blocks + block]
+                    first = block * tile_words + STRIP // 2 + lane // 16 * 16 * groups * 2 * words + lane % 16 * 2
+                    source = row * row_words + block * groups * 2 * words
+                    for group in range(groups):
+                        for half in range(2):
+                            for word in range(words):
+                                there = first + (group * words + word) * 32 + half
+                                here = source + (group * 2 + half) * words + word
+                                if row < 0:
+                                    if not back:
+                                        tiles[there] = 0
+                                elif back:
+                                    codes[here] = tiles[there]
+                                else:
+                                    tiles[there] = codes[here]
 
 
 def big_empty(nbytes: int) -> Tensor:

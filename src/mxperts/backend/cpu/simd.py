@@ -74,9 +74,9 @@ def opaque(b: Any, address: Any) -> Any:
 
 
 def prefetch(b: Any, address: Any, offset: int) -> None:
-    """Ask for a cache line that will be read soon; any address is allowed."""
+    """Ask for a cache line, into the second-level cache, that will be read soon; any address is allowed."""
     pointer = _pointer(b, address, I8, offset)
-    call(b, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(3), I32(1)])
+    call(b, "llvm.prefetch.p0", VOID, [pointer, I32(0), I32(2), I32(1)])
 
 
 def splat(b: Any, value: Any, type_: Any) -> Any:

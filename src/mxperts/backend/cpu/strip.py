@@ -38,6 +38,7 @@ class Kernels:
         block_bytes: of an input row.
         decoded_bytes: of a tile once it is decoded, without its scales.
         direct, decode, decoded: emit the functions of that name, the outer ones for a number of rows.
+        direct_up_to: rows up to which decoding at each use costs less than writing decoded weights down, as measured.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kernels:
     direct: Callable[[Decoder, int], Any] | None
     decode: Callable[[Decoder], Any]
     decoded: Callable[[int], Any]
+    direct_up_to: Callable[[BlockFormat], int]
 
 
 BF16 = Kernels(
@@ -59,6 +61,7 @@ BF16 = Kernels(
     direct=bf16.emit_direct,
     decode=bf16.emit_decode,
     decoded=bf16.emit_decoded,
+    direct_up_to=lambda fmt: {4: 24, 6: 12, 8: 6}[fmt.element.bits],
 )
 VNNI = Kernels(
     name="avx512_vnni",
@@ -68,6 +71,7 @@ VNNI = Kernels(
     direct=vnni.emit_direct,
     decode=vnni.emit_decode,
     decoded=vnni.emit_decoded,
+    direct_up_to=lambda fmt: {4: 24, 6: 12, 8: AT_ONCE}[fmt.element.bits],
 )
 
 
@@ -91,6 +95,7 @@ def _float32(path: Path, kind: int) -> Kernels:
         direct=None,
         decode=emit.decode,
         decoded=emit.decoded,
+        direct_up_to=lambda fmt: 0,
     )
 
 
@@ -104,9 +109,7 @@ def multiply_strip(kernels: Kernels, fmt: BlockFormat) -> Any:
     """
     direct, decode, decoded = _intrinsics(kernels, fmt)
     most, block_bytes, tile_bytes = kernels.rows, kernels.block_bytes, STRIP + STRIP * fmt.block_bytes
-    direct_up_to = kernels.rows * 2 if fmt.element.bits <= 6 else kernels.rows
-    if kernels.direct is None:
-        direct_up_to = 0
+    direct_up_to = kernels.direct_up_to(fmt)
 
     @native(7, f"{kernels.name} {kernels.kind} {fmt}")
     def multiply(tiles: int, blocks: int, table: int, rows: int, sums: int, values: int, scales: int) -> None:

@@ -83,7 +83,7 @@ def load(
             raise ArgumentError(f"mx.load takes no {name}: {advice}")
     if isinstance(dtype, torch.dtype) and dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"dtype must be float32, bfloat16, float16 or 'auto', not {dtype}")
-    explain(backend=backend)  # an unknown or unavailable backend is refused before anything is read
+    explain("quantize", backend=backend)  # an unknown or unavailable backend is refused before anything is read
     _check_folder(path_or_id, kwargs.get("subfolder", ""))
     config = AutoConfig.from_pretrained(path_or_id, **{k: kwargs[k] for k in CONFIG_OPTIONS if k in kwargs})
     found = getattr(config, "quantization_config", None)
