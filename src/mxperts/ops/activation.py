@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
+
 from mxperts.errors import ArgumentError
 from mxperts.formats.naming import normalize, suggest
 
@@ -113,10 +115,10 @@ def bind_activation(
     """
     if not isinstance(name, str):
         raise ArgumentError(f"unknown activation {name!r}; {suggest('', ACTIVATIONS)}")
-    return _bind(name, limit, alpha, beta, linear_beta)
+    bind = _bind if torch.compiler.is_compiling() else _bind_once  # torch.compile does not look into caches
+    return bind(name, limit, alpha, beta, linear_beta)
 
 
-@lru_cache
 def _bind(
     name: str, limit: float | None, alpha: float | None, beta: float | None, linear_beta: float | None
 ) -> BoundActivation:
@@ -143,3 +145,6 @@ def _bind(
             raise ArgumentError(f"swiglu_{constant} of {key!r} must be above 0, not {value}; None leaves it out")
         constants[constant] = float(value)
     return BoundActivation(name=key, gated=function.gated, **constants)
+
+
+_bind_once = lru_cache(_bind)

@@ -182,7 +182,7 @@ def fused_experts(
     )
     if out is not None:
         _check_out(out, hidden_states)
-    if is_eager(hidden_states, top_k_index, top_k_weights, out):
+    if is_eager(*operands.values(), hidden_states, top_k_weights, *weights, *(scales or ())):
         result = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
         _execute(call, result if out is None else out, backend)
         return result if out is None else out

@@ -75,7 +75,7 @@ def mx_linear(
     scale = None if input_scale is None else as_input_scale(input_scale, "input_scale", 1, x.device)
     fmt = weight_format(weight)
     tensors, out_dtype = canonical_tensors(weight), out_dtype or x.dtype
-    if is_eager(x, bias, *tensors):
+    if is_eager(x, bias, scale, *tensors):
         return _execute(x, tensors, fmt, bias, activation, scale, out_dtype, backend)
     activation_name = "" if activation is None else str(activation)
     y: Tensor = _mx_linear_op(

@@ -20,6 +20,7 @@ from mxperts.backend.cpu.decode import Words
 from mxperts.backend.cpu.jit import exclusive, jit, kernel, threads
 from mxperts.backend.cpu.memory import byte_pointer, double_byte_pointer
 from mxperts.formats import SCALE_BIAS, BlockFormat
+from mxperts.packing import pack, unpack
 
 STRIP = 64
 """Rows of a strip."""
@@ -67,8 +68,18 @@ class Projection:
         return STRIP + STRIP * self.format.block_bytes
 
     def to_tiles(self, packed: Tensor, scales: Tensor) -> Tensor:
-        """Tiles uint8 [E, strips, blocks, tile_bytes] of codes [E, N, P] and scales [E, N, blocks]."""
+        """Tiles uint8 [E, strips, blocks, tile_bytes] of codes [E, N, P] and scales [E, N, blocks].
+
+        What lies beyond the last value of a row becomes zero codes, if it is not.
+        """
         experts = packed.shape[0]
+        past = self.k % self.format.block_size
+        if past:
+            packed = packed.clone()
+            last = packed[..., -self.format.block_bytes :]
+            codes = unpack(last, self.format)
+            codes[..., past:] = 0
+            last.copy_(pack(codes, self.format))
         tiles = big_empty(experts * self.strips * self.blocks * self.tile_bytes)
         self._move(packed.contiguous(), scales.contiguous(), tiles, back=False)
         return tiles.view(experts, self.strips, self.blocks, self.tile_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from mxperts.backend.cpu.layout import Projection
 from mxperts.formats import SCALE_BIAS, SCALE_NAN, BlockFormat
 from mxperts.ops.prepare import ExpertsLayout
+from mxperts.packing import unpack
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In the order of ``call.BF16``, ``FP16``, ``FP32``."""
@@ -51,14 +53,20 @@ def projections(layout: ExpertsLayout) -> tuple[Projection, Projection]:
 
 
 def need_care(packed: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:
-    """uint8 [3, E]: experts with a value that a dtype rounds, or with a scale beyond ``LARGEST_SCALE``.
+    """uint8 [3, E]: experts with an Inf, a value that a dtype rounds, or a scale beyond ``LARGEST_SCALE``.
+
+    An Inf, because bf16 products take a subnormal number for zero, and zero times Inf is NaN.
 
     Args:
         packed, scales: [E, N, P] and [E, N, K / 32].
     """
     careful = torch.zeros(len(_DTYPES), packed.shape[0], dtype=torch.uint8)
+    infinite = [code for code, value in enumerate(fmt.element.values) if math.isinf(value)]
     for e in range(packed.shape[0]):
         s = scales[e]
+        if any(bool((packed[e] == code).any()) for code in infinite):  # codes of these formats are bytes
+            careful[:, e] = 1
+            continue
         present = torch.zeros(256, dtype=torch.bool)
         present[s.flatten().to(torch.int64)] = True
         for i, dtype in enumerate(_DTYPES):
@@ -73,8 +81,6 @@ def need_care(packed: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:
 
 def _magnitudes(codes: Tensor, fmt: BlockFormat) -> Tensor:
     """Packed codes with the bits cleared that are only signs."""
-    from mxperts.packing import unpack
-
     element = fmt.element
     return unpack(codes, fmt) & (element.sign_bit - 1) if element.has_signed_zero else codes
 

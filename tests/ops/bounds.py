@@ -1,0 +1,224 @@
+"""How far results may lie from the exact ones where sums are float32: intervals that follow from the contract.
+
+A sum of terms, of which every partial sum is rounded to float32, lies within ``gamma(n)`` times the sum of the terms'
+sizes of the exact one, n being the most roundings that a term goes through; no matter in which order they are added
+(Higham, Accuracy and Stability of Numerical Algorithms, 4.2). Where every partial sum in any order fits into 24 bits,
+there is no error at all.
+
+Within a layer the bound is carried along. Where a number is rounded to bf16 or float16, both ends of its interval must
+give the same: if they do not, a float32 sum may come out on either side, and nothing is said of that token. Most are
+settled; tests assert that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dense
+import numpy as np
+import torch
+from torch import Tensor
+
+import mxperts as mx
+
+UNIT = 2.0**-24
+"""Half a unit in the last place of float32, of 1."""
+SMALLEST = 2.0**-149
+SLOPE = 1.2
+"""More than the steepest slope of silu and both gelu, with any alpha (1.0998 and 1.1290)."""
+
+
+def gamma(n: int) -> float:
+    return n * UNIT / (1 - n * UNIT)
+
+
+def roundings(paths: Sequence[str], k: int, dtype: torch.dtype, activation: str | None) -> int:
+    """The most roundings that a product of a row of ``k`` goes through on one of these paths of the CPU backend.
+
+    avx512_vnni sums a block exactly and then rounds once a block; avx512_bf16 rounds once a product of a block and once
+    a block, for each of the parts that float16 and float32 inputs are split into, and adds those; the others round once
+    a product, ``portable`` also the product itself.
+    """
+    blocks = -(-k // 32)
+    parts = 1 if activation in FORMATS else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+    most = {
+        "avx512_vnni": blocks,
+        "avx512_bf16": min(k, 32) + blocks + parts - 1,
+        "avx2": k,
+        "portable": k + 1,
+    }
+    return max(most[path] for path in paths)
+
+
+FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8")
+
+
+def lowest_bit(x: np.ndarray) -> np.ndarray:
+    """The value of the lowest bit that is set; Inf of 0."""
+    mantissa, exponent = np.frexp(x)
+    whole = (np.abs(mantissa) * 2.0**53).astype(np.int64)
+    return np.where(x == 0, np.inf, np.ldexp((whole & -whole).astype(np.float64), exponent - 53))
+
+
+def rounding_error(size: np.ndarray, lowest: np.ndarray, n: int) -> np.ndarray:
+    """The most by which a float32 sum is wrong, and the same sum in float64 of up to 2^13 terms.
+
+    Args:
+        size: the sum of the terms' sizes.
+        lowest: all terms are multiples of this.
+        n: roundings.
+    """
+    return np.where(size <= lowest / UNIT, 0.0, (gamma(n) + 2.0**-40) * size + (n + 1) * SMALLEST)
+
+
+def product(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """``x`` [..., K] times ``w`` [N, K] plus ``bias`` [N], float64, and the most by which a float32 sum is wrong.
+
+    Args:
+        n: roundings of the sum; that of the bias comes on top.
+    """
+    y, size = x @ w.T, np.abs(x) @ np.abs(w).T
+    lowest = lowest_bit(x).min(-1)[..., None] * lowest_bit(w).min(-1)
+    if bias is not None:
+        y, size, lowest = y + bias, size + np.abs(bias), np.minimum(lowest, lowest_bit(bias))
+    return y, rounding_error(size, lowest, n + (bias is not None))
+
+
+def flushed(w: np.ndarray, scales: np.ndarray, parts: int) -> np.ndarray:
+    """What vdpbf16ps loses, as it takes operands and gives results below 2^-126 as zero: [N].
+
+    Args:
+        w: [N, K], scales included.
+        scales: scale bytes [N, blocks], none above 160.
+    """
+    per_block = 32 * np.ldexp(1.0, scales.astype(int) - 127)
+    return parts * 2.0**-126 * (np.abs(w).sum(-1) + per_block.sum(-1))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers that are known up to an error."""
+
+    mid: np.ndarray
+    error: np.ndarray
+
+    def rounded(self, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+        return dense.cast(self.mid - self.error, dtype), dense.cast(self.mid + self.error, dtype)
+
+
+def settle(x: Interval, dtype: torch.dtype) -> Interval | None:
+    """``x`` rounded to a dtype; None if it is open to what. float32 sums are float32 already."""
+    if dtype is torch.float32:
+        return x
+    low, high = x.rounded(dtype)
+    return Interval(low, np.zeros_like(low)) if np.array_equal(low, high) else None
+
+
+def activate(h: Interval, name: str, interleaved: bool, constants: dict[str, float]) -> Interval:
+    """An activation function, whose float32 result may be next to the right one."""
+    a = dense.activate(h.mid, name, interleaved, constants)
+    if name.endswith("_no_mul"):
+        g, u, eg, eu = h.mid, np.ones_like(h.mid), h.error, np.zeros_like(h.mid)
+    elif interleaved:
+        g, u, eg, eu = h.mid[::2], h.mid[1::2], h.error[::2], h.error[1::2]
+    else:
+        (g, u), (eg, eu) = np.split(h.mid, 2), np.split(h.error, 2)
+    size, slope = np.abs(g) + eg, np.full_like(g, SLOPE)
+    if name == "situ":
+        slope = 1 + size / 4  # of beta tanh(g / beta) sigmoid(g); the first factor is at most |g|, sigmoid's slope 1/4
+    if name.startswith("relu2"):
+        slope, size = 2 * size, size**2
+    other = np.abs(u) + eu + abs(constants.get("beta", 1.0)) * (name == "swigluoai")
+    error = slope * eg * other + size * eu
+    if not name.startswith("relu2"):  # which is rounded once, from an exact number
+        error = error + 3 * UNIT * np.abs(a) + SMALLEST
+    elif a.size and not np.array_equal(dense.cast(a, torch.float32), a):
+        error = error + UNIT * np.abs(a)
+    return Interval(a, error)
+
+
+def quantize(a: Interval, fmt: str | None, dtype: torch.dtype, scale: float | None) -> Interval | None:
+    """The input of the second projection; None if it is open what a number is quantised to."""
+    if fmt is None:
+        return a
+    if not a.error.any():
+        return Interval(dense.qdq(a.mid, fmt, dtype, scale), a.error)
+    sign = np.where(a.mid < 0, -1.0, 1.0)
+    ends = [sign * np.maximum(np.abs(a.mid) + step * a.error, 0) for step in (-1, 1)]
+    if not fmt.startswith("fp8"):
+        codes = [mx.quantize(torch.from_numpy(e).float(), fmt, role="activation", backend="reference") for e in ends]
+        same = torch.equal(codes[0].packed, codes[1].packed) and torch.equal(codes[0].scales, codes[1].scales)
+        return Interval(dense.qdq(ends[0], fmt, dtype, scale), np.zeros_like(a.mid)) if same else None
+    if fmt == "fp8_dynamic":
+        return None
+    low, high = (dense.qdq(e, fmt, dtype, scale) for e in ends)
+    return Interval(low, np.zeros_like(low)) if np.array_equal(low, high) else None
+
+
+def experts(
+    x: Tensor,
+    gate_up_proj: mx.MXTensor,
+    down_proj: mx.MXTensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    paths: Sequence[str],
+    activation: str = "silu",
+    constants: dict[str, float] | None = None,
+    activation_format: str | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    interleaved: bool = False,
+    input_scales: tuple[list[float], list[float]] | None = None,
+    router_weight_on_input: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lowest and highest result of ``fused_experts`` that float32 sums may give, and which tokens are settled.
+
+    Args:
+        top_k_index: local ids or -1.
+        paths: those of the CPU backend that may have a part in it.
+        input_scales: one for each expert.
+    """
+    dtype, fmt = x.dtype, activation_format
+    gate_up, down = dense.decode(gate_up_proj, dtype), dense.decode(down_proj, dtype)
+    n1, n2 = (roundings(paths, w.shape[-1], dtype, fmt) for w in (gate_up, down))
+    lows, highs, settled = np.zeros(x.shape), np.zeros(x.shape), np.ones(len(x), bool)
+    for t, token in enumerate(x.double().numpy()):
+        parts, sizes, errors, lowest = [], [], [], []
+        for e, w in zip(top_k_index[t].tolist(), top_k_weights[t].float().tolist(), strict=True):
+            if e == -1:
+                continue
+            b1, b2 = (None if b is None else b[e].double().numpy() for b in (gate_up_bias, down_bias))
+            s1, s2 = (None, None) if input_scales is None else (input_scales[0][e], input_scales[1][e])
+            into = token
+            if router_weight_on_input:
+                into, w = dense.cast((token.astype(np.float32) * np.float32(w)).astype(np.float64), dtype), 1.0
+            h = settle(Interval(*product(dense.qdq(into, fmt, dtype, s1), gate_up[e], b1, n1)), dtype)
+            a = h and settle(activate(h, activation, interleaved, constants or {}), dtype)
+            inner = a and quantize(a, fmt, dtype, s2)
+            if inner is None:
+                settled[t] = False
+                break
+            y, error = product(inner.mid, down[e], b2, n2)
+            error = error + (1 + gamma(n2 + 1)) * (inner.error @ np.abs(down[e]).T)
+            parts.append(y * w)
+            errors.append(abs(w) * error)
+            sizes.append(abs(w) * (np.abs(y) + error))
+            lowest.append(np.where(error > 0, 0.0, lowest_bit(np.abs(y * w))))
+        if parts and settled[t]:
+            error = np.sum(errors, 0) + rounding_error(np.sum(sizes, 0), np.min(lowest, 0), len(parts) + 1)
+            lows[t], highs[t] = Interval(np.sum(parts, 0), error).rounded(dtype)
+    return lows, highs, settled
+
+
+def assert_within(actual: Tensor, bounds: tuple[np.ndarray, np.ndarray, np.ndarray], about: Any = "") -> None:
+    """Every number of a settled token lies between its bounds."""
+    low, high, settled = bounds
+    values = actual.double().numpy()
+    wrong = ~((low <= values) & (values <= high)) & settled[:, None]
+    assert not wrong.any(), (
+        f"{about}: {wrong.sum()} of {wrong.size}: {values[wrong][:3]} not in {low[wrong][:3]}..{high[wrong][:3]}, "
+        f"first at {np.argwhere(wrong)[0]}"
+    )
