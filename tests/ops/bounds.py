@@ -39,15 +39,15 @@ def roundings(paths: Sequence[str], k: int, dtype: torch.dtype, activation: str 
 
     avx512_vnni sums a block exactly and then rounds once a block; avx512_bf16 rounds once a product of a block and once
     a block, for each of the parts that float16 and float32 inputs are split into, and adds those; the others round once
-    a product, ``portable`` also the product itself.
+    a product and once a block, ``portable`` also the product itself.
     """
     blocks = -(-k // 32)
     parts = 1 if activation in FORMATS else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
     most = {
         "avx512_vnni": blocks,
         "avx512_bf16": min(k, 32) + blocks + parts - 1,
-        "avx2": k,
-        "portable": k + 1,
+        "avx2": k + blocks,
+        "portable": k + blocks + 1,
     }
     return max(most[path] for path in paths)
 

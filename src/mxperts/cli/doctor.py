@@ -77,7 +77,7 @@ def self_checks() -> Iterator[tuple[str, str]]:
 
 def cpu_features() -> list[str]:
     """What LLVM, which compiles the CPU kernels, knows this processor to have."""
-    from llvmlite import binding  # type: ignore[import-untyped]
+    from llvmlite import binding
 
     return sorted(name for name, present in binding.get_host_cpu_features().items() if present)
 

@@ -187,8 +187,8 @@ def fused_experts(
         _execute(call, result if out is None else out, backend)
         return result if out is None else out
     if out is None:
-        result = _fused_experts_op(*_arguments(call), backend)
-        return result
+        y: Tensor = _fused_experts_op(*_arguments(call), backend)
+        return y
     _fused_experts_out_op(*_arguments(call), backend, out)
     return out
 

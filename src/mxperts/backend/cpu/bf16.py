@@ -93,8 +93,8 @@ def emit_direct(decoder: Decoder, rows: int) -> Any:
                     for m in range(rows):
                         slot = m * QUARTERS + v
                         offset = 256 * m + 64 * v
-                        so_far = carried[slot] if in_registers else simd.load(
-                            b, kept, simd.F32S, offset=offset, align=64
+                        so_far = (
+                            carried[slot] if in_registers else simd.load(b, kept, simd.F32S, offset=offset, align=64)
                         )
                         total = simd.fma(b, parts[m, v], scale, so_far)
                         if in_registers:

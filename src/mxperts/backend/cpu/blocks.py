@@ -312,14 +312,18 @@ def _like(type_: Any, element: Any) -> Any:
 
 
 class _Rule:
-    """A BlockRule in LLVM IR: its integers as Lanes of one, by name."""
+    """A BlockRule in LLVM IR, a tuple or the address of its integers: those as Lanes of one, by name."""
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder = builder
         self.value = value
 
     def __getattr__(self, name: str) -> Lanes:
-        field = self.builder.extract_value(self.value, BlockRule._fields.index(name))
+        b, i = self.builder, BlockRule._fields.index(name)
+        if isinstance(self.value.type, ir.IntType):
+            field = b.load(b.inttoptr(b.add(self.value, self.value.type(8 * i)), self.value.type.as_pointer()))
+        else:
+            field = b.extract_value(self.value, i)
         return Lanes(self.builder, field).cast(32)
 
 

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core.datamodel import models
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, register_model
-from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from mxperts.backend.cpu.activation import ActivationRule
 from mxperts.backend.cpu.blocks import BlockRule
 from mxperts.backend.cpu.jit import jit
-from mxperts.backend.cpu.memory import long_pointer
 
 BF16, FP16, FP32 = range(3)
 """``kind``: dtypes of hidden states."""
@@ -112,7 +110,7 @@ class Settings(NamedTuple):
         amax: bits of the float32 from which on inputs need the careful path.
         x1_bytes, x2_bytes: of a packed row.
         scratch_bytes: of a thread's memory.
-        values_bytes, tile_bytes, block_bytes: what ``multiply`` needs; of a tile; of a block that ``pack_block`` writes.
+        values_bytes, tile_bytes, block_bytes: memory for ``multiply``; of a tile; of a block that ``pack_block`` writes.
         the others: functions of ``strip``, ``pack``, ``rows`` and ``layer``.
     """
 
@@ -191,6 +189,7 @@ def continued(data: Any, first: Any) -> Any:
     data[_GIVEN : _GIVEN + 2] = first[_GIVEN : _GIVEN + 2]
     return data
 
+
 Call = Any
 """In kernels: what ``call_at`` gives."""
 
@@ -217,7 +216,7 @@ class _FieldsAttribute(AttributeTemplate):  # type: ignore[misc]
         return type_.numbers[type_.names.index(name)] if name in type_.names else None
 
 
-@lower_getattr_generic(_Fields)
+@lower_getattr_generic(_Fields)  # type: ignore[untyped-decorator]
 def _read(context: Any, b: Any, type_: Any, address: Any, name: str) -> Any:
     i = type_.names.index(name)
     place = b.add(address, ir.IntType(64)(8 * i))
@@ -245,6 +244,6 @@ activation_at = _fields_at(
 
 
 @jit
-def rule_at(address: int) -> BlockRule:
-    """What inputs are quantised to."""
-    return BlockRule(*to_fixed_tuple(carray(long_pointer(address + _CALL_BYTES), _RULE_FIELDS), _RULE_FIELDS))
+def rule_at(address: int) -> int:
+    """The address of what inputs are quantised to, which stands for a ``BlockRule``."""
+    return address + _CALL_BYTES

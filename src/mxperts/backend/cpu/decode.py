@@ -114,9 +114,7 @@ class Decoder:
         """What ``bytes`` looks codes up in; empty if flipping the sign bit is enough."""
         integers = Integers.of(self.format.element)
         assert integers is not None, self.format
-        values = [
-            round(math.ldexp(v, integers.fraction_bits)) + integers.offset for v in self.format.element.values
-        ]
+        values = [round(math.ldexp(v, integers.fraction_bits)) + integers.offset for v in self.format.element.values]
         if values == [code ^ 0x80 for code in range(256)]:
             return []
         return [simd.constant(simd.I8S, values * (64 // len(values)))]

@@ -13,8 +13,20 @@ from torch import Tensor
 from mxperts.backend.cpu import prepared
 from mxperts.backend.cpu.activation import ActivationRule, activation_rule
 from mxperts.backend.cpu.blocks import BLOCK, block_rule
-from mxperts.backend.cpu.call import BF16, BLOCKS, DYNAMIC, FP16, FP32, NONE, STATIC, Given, Placed, Settings, record
-from mxperts.backend.cpu.call import continued
+from mxperts.backend.cpu.call import (
+    BF16,
+    BLOCKS,
+    DYNAMIC,
+    FP16,
+    FP32,
+    NONE,
+    STATIC,
+    Given,
+    Placed,
+    Settings,
+    continued,
+    record,
+)
 from mxperts.backend.cpu.call import template as make_template
 from mxperts.backend.cpu.jit import exclusive, threads
 from mxperts.backend.cpu.layer import compiled_steps, layer
@@ -39,9 +51,9 @@ _NO_FUNCTION = ActivationRule(0, 0.0, 0.0, 0.0, 0.0)
 _workspace, _careful_workspace = Workspace(), Workspace()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Problem:
-    """All that tells the templates of calls apart, but for their path, threads and tokens."""
+    """All that tells the templates of calls apart, but for their path, threads and tokens; one object for each."""
 
     up: Projection | None
     down: Projection
@@ -124,16 +136,7 @@ def mx_linear(
     rows, kind = _rows(x.reshape(-1, shape.k)), KINDS[x.dtype]
     out = torch.empty(*x.shape[:-1], shape.rows, dtype=out_dtype)
     tokens, step = rows.shape[0], max(1, MOST_SUMS // shape.rows)
-    problem = _Problem(
-        up=None,
-        down=shape,
-        experts=1,
-        k=1,
-        kind=kind,
-        out_kind=KINDS[out_dtype],
-        activation=activation,
-        function=_NO_FUNCTION,
-    )
+    problem = _linear_problem(shape, kind, KINDS[out_dtype], activation)
     held = _Held()
     given = Given(
         hidden_at=rows.data_ptr(),
@@ -162,12 +165,12 @@ def mx_linear(
 
 def _run(problem: _Problem, path: Path, tokens: int, given: Given) -> None:
     """Run a call, and after it once more, with care, what that marked."""
-    nbytes, template = _template(problem, path, tokens, threads(), careful_only=False)
+    nbytes, template = _template(problem, path, tokens, threads(), False)
     with exclusive():
         data = record(template, given, _workspace.address(nbytes))
         if not layer(data.ctypes.data):
             return
-        nbytes, template = _template(problem, careful_path(), tokens, threads(), careful_only=True)
+        nbytes, template = _template(problem, careful_path(), tokens, threads(), True)
         again = continued(record(template, given, _careful_workspace.address(nbytes)), data)
         layer(again.ctypes.data)
 
@@ -202,7 +205,21 @@ def _problem(
 
 
 @lru_cache(maxsize=1024)
-def _template(p: _Problem, path: Path, tokens: int, threads: int, *, careful_only: bool) -> tuple[int, Any]:
+def _linear_problem(shape: Projection, kind: int, out_kind: int, activation: Activation) -> _Problem:
+    return _Problem(
+        up=None,
+        down=shape,
+        experts=1,
+        k=1,
+        kind=kind,
+        out_kind=out_kind,
+        activation=activation,
+        function=_NO_FUNCTION,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _template(p: _Problem, path: Path, tokens: int, threads: int, careful_only: bool) -> tuple[int, Any]:
     """Bytes of a call's workspace, and its record but for what it is given."""
     activation, fmt, linear = p.activation, p.down.format, p.up is None
     up = p.down if p.up is None else p.up

@@ -86,7 +86,7 @@ def is_large(x: Any, limit: int) -> bool:
 
 
 @jit
-def quantize_input(address: int, x: Any, q: Any, scale: float) -> int:
+def quantize_input(address: int, x: Any, q: Any, scale: Any) -> int:
     """One block ``x``, float32 [32], of an input of the call at an address: quantised and back, as its dtype holds it.
 
     For MX formats ``q`` gets the elements, and the result is the scale byte; otherwise 0.
@@ -98,6 +98,6 @@ def quantize_input(address: int, x: Any, q: Any, scale: float) -> int:
         byte = quantize_block(x, q, rule_at(address))
         scale_block(q, byte, x)
     else:
-        fake_quantize_fp8(x, np.float32(scale), x)
+        fake_quantize_fp8(x, scale, x)
     round_numbers(c.kind, x)
     return byte

@@ -60,7 +60,7 @@ def native(arguments: int, tag: str) -> Callable[[Callable[..., None]], Any]:
     def compile_now(function: Callable[..., None]) -> Any:
         signature = numba.types.void(*[numba.types.int64] * arguments)
         options = {"nogil": True, "error_model": "numpy"}
-        compiled = CFunc(function, (signature.args, signature.return_type), locals={}, options=options)
+        compiled: Any = CFunc(function, (signature.args, signature.return_type), locals={}, options=options)
         if cache_folder() is not None:
             compiled._cache = _Cache(function, tag)
         compiled.compile()
@@ -72,7 +72,8 @@ def native(arguments: int, tag: str) -> Callable[[Callable[..., None]], Any]:
 def threads() -> int:
     """How many threads a kernel is to use: as many as PyTorch would."""
     threading_layer()
-    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    most: int = numba.config.NUMBA_NUM_THREADS
+    return min(torch.get_num_threads(), most)
 
 
 def exclusive() -> AbstractContextManager[Any]:
@@ -94,7 +95,7 @@ def threading_layer() -> str:
             total += i
         return total
 
-    # Numba sets the number of OpenMP's threads when it starts its own; where PyTorch shares the library, that is its too.
+    # Numba sets OpenMP's number of threads when it starts its own; where PyTorch uses the same library, PyTorch's too.
     before = torch.get_num_threads()
     start(2)
     torch.set_num_threads(before)

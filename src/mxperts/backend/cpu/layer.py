@@ -22,9 +22,19 @@ from mxperts.backend.cpu.call import DYNAMIC, FP32, Call, call_at
 from mxperts.backend.cpu.inputs import store_numbers
 from mxperts.backend.cpu.jit import jit, kernel, native
 from mxperts.backend.cpu.layout import STRIP
-from mxperts.backend.cpu.memory import byte_pointer, call3, call4, call6, call7, long_pointer, take_next
+from mxperts.backend.cpu.memory import (
+    byte_pointer,
+    call3,
+    call4,
+    call6,
+    call7,
+    floats_at,
+    long_at,
+    long_pointer,
+    take_next,
+)
 from mxperts.backend.cpu.routing import ACTIVE, NEXT1, NEXT2, PIECES1, PIECES2, local_expert, sort_pairs
-from mxperts.backend.cpu.rows import floats, long_at, scratch_of
+from mxperts.backend.cpu.rows import scratch_of
 from mxperts.backend.cpu.strip import AT_ONCE, SCALES_BYTES
 
 FEW = 4
@@ -43,9 +53,7 @@ def fill_tables(address: int) -> None:
         for plane in range(c.planes):
             table1[row * c.planes + plane] = c.x1_at + (first * c.planes + plane) * c.x1_bytes
             table2[row * c.planes + plane] = (
-                table1[row * c.planes + plane]
-                if c.linear
-                else c.x2_at + (row * c.planes + plane) * c.x2_bytes
+                table1[row * c.planes + plane] if c.linear else c.x2_at + (row * c.planes + plane) * c.x2_bytes
             )
 
 
@@ -96,8 +104,8 @@ def _down(address: int, thread: int, threads: int) -> None:
                 call7(c.multiply, (tiles, c.blocks2, table_at, rows * c.planes, sums, values, scales))
                 for i in range(rows):
                     pair = long_at(c.order_at, row + i)
-                    y = floats(c.y_at + 4 * STRIP * (pair * c.strips2 + strip), STRIP)
-                    parts = floats(sums + 4 * STRIP * c.planes * i, c.planes * STRIP)
+                    y = floats_at(c.y_at + 4 * STRIP * (pair * c.strips2 + strip), STRIP)
+                    parts = floats_at(sums + 4 * STRIP * c.planes * i, c.planes * STRIP)
                     for column in range(STRIP):
                         total = parts[column]
                         for plane in range(1, c.planes):
@@ -109,8 +117,8 @@ def _down(address: int, thread: int, threads: int) -> None:
 def sum_token(address: int, token: int, thread: int) -> None:
     """The weighted sum of one token's rows."""
     c = call_at(address)
-    total = floats(scratch_of(c, thread), STRIP)
-    routing = floats(c.routing_at, c.tokens * c.k)
+    total = floats_at(scratch_of(c, thread), STRIP)
+    routing = floats_at(c.routing_at, c.tokens * c.k)
     size = 2 if c.out_kind != FP32 else 4
     for strip in range(c.strips2):
         n = min(STRIP, c.hidden - strip * STRIP)
@@ -120,9 +128,9 @@ def sum_token(address: int, token: int, thread: int) -> None:
             if expert < 0:
                 continue
             weight = np.float32(1) if c.on_input else routing[pair]
-            y = floats(c.y_at + 4 * STRIP * (pair * c.strips2 + strip), STRIP)
+            y = floats_at(c.y_at + 4 * STRIP * (pair * c.strips2 + strip), STRIP)
             if c.bias2_at != 0:
-                bias = floats(c.bias2_at + 4 * (expert * c.hidden + strip * STRIP), n)
+                bias = floats_at(c.bias2_at + 4 * (expert * c.hidden + strip * STRIP), n)
                 for i in range(n):
                     total[i] += (y[i] + bias[i]) * weight
             else:
@@ -176,7 +184,8 @@ def _prepare_call(address: int) -> int:
     c = call_at(address)
     sort_pairs(c)
     fill_tables(address)
-    return long_at(c.start_at, c.experts)
+    rows: int = long_at(c.start_at, c.experts)
+    return rows
 
 
 @kernel()

@@ -1,4 +1,4 @@
-"""Memory by address, for kernels whose arguments are numbers: arrays as arguments cost a call more than they are worth."""
+"""Memory by address, for kernels whose arguments are numbers: to pass an array takes a call longer than to use it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
+
+from mxperts.backend.cpu.jit import jit
 
 ALIGNMENT = 64
 """What workspaces and their parts are aligned to, in bytes."""
@@ -35,6 +37,18 @@ byte_pointer = pointer_to(types.uint8)
 signed_byte_pointer = pointer_to(types.int8)
 int_pointer = pointer_to(types.int32)
 long_pointer = pointer_to(types.int64)
+
+
+@jit
+def floats_at(address: int, n: int) -> Any:
+    """The float32 array [n] at an address."""
+    return carray(float_pointer(address), n)
+
+
+@jit
+def long_at(address: int, i: int) -> Any:
+    """The i-th int64 from an address."""
+    return carray(long_pointer(address), i + 1)[i]
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -126,7 +126,10 @@ def _once(tensors: Sequence[Tensor], shape: object, make: Callable[[], tuple[Ten
     found = _kept.get(key)
     if found is not None and found.versions == versions:
         alive = (ref() for ref in found.storages)
-        if all(s is not None and s.data_ptr() == t.untyped_storage().data_ptr() for s, t in zip(alive, tensors)):
+        if all(
+            s is not None and s.data_ptr() == t.untyped_storage().data_ptr()
+            for s, t in zip(alive, tensors, strict=True)
+        ):
             return found.tensors
     made = make()
     storages = tuple(weakref.ref(t.untyped_storage(), lambda _: _kept.pop(key, None)) for t in tensors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 from numba import carray
 
 from mxperts.backend.cpu.call import Call
@@ -63,7 +64,7 @@ def sort_pairs(c: Call) -> None:
 
 
 @jit
-def _takes(c: Call, pair: int, expert: int) -> bool:
+def _takes(c: Call, pair: int, expert: int) -> Any:
     """Whether this call computes a pair; those that another will are marked."""
     careful = carray(byte_pointer(c.careful_at), c.tokens * c.k)
     if c.careful_only:
@@ -78,7 +79,7 @@ def _takes(c: Call, pair: int, expert: int) -> bool:
 def _cut(boundaries_at: int, items: int, threads: int) -> int:
     """Cut ``items`` into pieces, large ones first: threads that were slower get less of what is left."""
     boundaries = carray(long_pointer(boundaries_at), MOST_PIECES)
-    at = np.int64(0)
+    at = 0
     for piece in range(MOST_PIECES - 1):
         boundaries[piece] = at
         if at == items:

@@ -18,49 +18,42 @@ from mxperts.backend.cpu.fp8 import dynamic_scale
 from mxperts.backend.cpu.inputs import is_large, load_numbers, quantize_input, round_numbers
 from mxperts.backend.cpu.jit import jit, native
 from mxperts.backend.cpu.layout import STRIP
-from mxperts.backend.cpu.memory import byte_pointer, call5, float_pointer, long_pointer
+from mxperts.backend.cpu.memory import byte_pointer, call5, floats_at, long_at
 from mxperts.backend.cpu.routing import local_expert
 from mxperts.backend.cpu.strip import AT_ONCE, SCALES_BYTES
 
 _SMALL = 6 * 4 * STRIP
-"""Bytes of the small arrays of ``_blocks_at``."""
+"""Bytes for the few blocks that a row's functions work on."""
+
+
 def scratch_bytes(values_bytes: int, row: int) -> int:
     """Bytes of memory that each thread needs; ``row`` is the longest row of an input in values."""
     return AT_ONCE * 4 * STRIP + SCALES_BYTES + values_bytes + _SMALL + 4 * (row + STRIP)
 
 
 @jit
-def scratch_of(c: Call, thread: int) -> int:
+def scratch_of(c: Call, thread: int) -> Any:
+    """The address of a thread's memory: sums, decoded scales, decoded values, small arrays, a row."""
     return c.scratch_at + thread * c.scratch_bytes
 
 
 @jit
-def floats(address: int, n: int) -> Any:
-    return carray(float_pointer(address), n)
-
-
-@jit
-def long_at(address: int, i: int) -> int:
-    return carray(long_pointer(address), i + 1)[i]
-
-
-@jit
-def _scale(c: Call, at: int, step: int, expert: int) -> float:
+def _scale(c: Call, at: int, step: int, expert: int) -> Any:
     """A static scale."""
-    return floats(at, c.experts)[expert * step] if at != 0 else np.float32(1)
+    return floats_at(at, c.experts)[expert * step] if at != 0 else np.float32(1)
 
 
 @jit
-def _pack_row(address: int, source: int, expert: int, routing: float, target: int, thread: int) -> bool:
+def _pack_row(address: int, source: int, expert: int, routing: Any, target: int, thread: int) -> bool:
     """One row of the first input; whether it needs the careful path."""
     c = call_at(address)
     small = scratch_of(c, thread) + AT_ONCE * 4 * STRIP + SCALES_BYTES + c.values_bytes
-    x, q = floats(small, BLOCK), floats(small + 4 * BLOCK, BLOCK)
+    x, q = floats_at(small, BLOCK), floats_at(small + 4 * BLOCK, BLOCK)
     size = 2 if c.kind != FP32 else 4
-    scale = _scale(c, c.scale1_at, c.scale1_step, expert)
+    scale: Any = _scale(c, c.scale1_at, c.scale1_step, expert)
     large = False
     if c.qdq == DYNAMIC:
-        row = floats(small + _SMALL, c.blocks1 * BLOCK)
+        row = floats_at(small + _SMALL, c.blocks1 * BLOCK)
         row[:] = np.float32(0)
         load_numbers(c.kind, source, c.width, row)
         if c.on_input:
@@ -86,7 +79,7 @@ def _pack_row(address: int, source: int, expert: int, routing: float, target: in
 def _pack_token(address: int, token: int, thread: int) -> None:
     """The first input's row of a token."""
     c = call_at(address)
-    routing = floats(c.routing_at, c.tokens * c.k)[token * c.k] if c.on_input else np.float32(1)
+    routing = floats_at(c.routing_at, c.tokens * c.k)[token * c.k] if c.on_input else np.float32(1)
     target = c.x1_at + token * c.planes * c.x1_bytes
     large = _pack_row(address, c.hidden_at + token * c.hidden_stride, 0, routing, target, thread)
     if large and c.marks:
@@ -99,7 +92,7 @@ def _pack_pair(address: int, row: int, expert: int, thread: int) -> None:
     """The first input's row of a pair."""
     c = call_at(address)
     pair = long_at(c.order_at, row)
-    routing = floats(c.routing_at, c.tokens * c.k)[pair] if c.on_input else np.float32(1)
+    routing = floats_at(c.routing_at, c.tokens * c.k)[pair] if c.on_input else np.float32(1)
     target = c.x1_at + row * c.planes * c.x1_bytes
     large = _pack_row(address, c.hidden_at + pair // c.k * c.hidden_stride, expert, routing, target, thread)
     if large and c.marks:
@@ -109,9 +102,9 @@ def _pack_pair(address: int, row: int, expert: int, thread: int) -> None:
 def _finish(address: int, row: int, expert: int, strip: int, sums: int, small: int) -> None:
     """From one row's sums of a strip of gate and up to one or two blocks of the second input."""
     c, function = call_at(address), activation_at(address)
-    h = floats(sums, STRIP)
+    h = floats_at(sums, STRIP)
     for plane in range(1, c.planes):
-        part = floats(sums + 4 * STRIP * plane, STRIP)
+        part = floats_at(sums + 4 * STRIP * plane, STRIP)
         for i in range(STRIP):
             h[i] += part[i]
     columns = STRIP // 2 if c.gated else STRIP
@@ -119,7 +112,7 @@ def _finish(address: int, row: int, expert: int, strip: int, sums: int, small: i
     n = min(columns, c.intermediate - first)
     if c.bias1_at != 0:
         rows1 = 2 * c.intermediate if c.gated else c.intermediate
-        bias = floats(c.bias1_at + 4 * expert * rows1, rows1)
+        bias = floats_at(c.bias1_at + 4 * expert * rows1, rows1)
         if c.gated and c.interleaved:
             for i in range(n):
                 h[i] += bias[2 * (first + i)]
@@ -134,7 +127,7 @@ def _finish(address: int, row: int, expert: int, strip: int, sums: int, small: i
     round_numbers(c.kind, h)
     a_at = small
     activate_at(sums, sums + 4 * columns, a_at, columns, function)
-    a = floats(a_at, STRIP)
+    a = floats_at(a_at, STRIP)
     for i in range(n, STRIP):
         a[i] = np.float32(0)
     round_numbers(c.kind, a)
@@ -142,7 +135,7 @@ def _finish(address: int, row: int, expert: int, strip: int, sums: int, small: i
         carray(byte_pointer(c.careful_at), c.tokens * c.k)[long_at(c.order_at, row)] = 1
     width = c.blocks2 * BLOCK
     if c.qdq == DYNAMIC:
-        kept = floats(c.a_at + 4 * row * width, width)
+        kept = floats_at(c.a_at + 4 * row * width, width)
         for i in range(min(columns, width - first)):
             kept[first + i] = a[i]
         return
@@ -150,8 +143,8 @@ def _finish(address: int, row: int, expert: int, strip: int, sums: int, small: i
     for half in range(columns // BLOCK):
         block = first // BLOCK + half
         if block < c.blocks2:
-            x = floats(a_at + 4 * BLOCK * half, BLOCK)
-            q = floats(a_at + 4 * STRIP, BLOCK)
+            x = floats_at(a_at + 4 * BLOCK * half, BLOCK)
+            q = floats_at(a_at + 4 * STRIP, BLOCK)
             byte = quantize_input(address, x, q, scale)
             target = c.x2_at + row * c.planes * c.x2_bytes + block * c.block_bytes
             call5(c.pack_block, (a_at + 4 * BLOCK * half, a_at + 4 * STRIP, byte, target, c.x2_bytes))
@@ -162,11 +155,11 @@ def _pack_activations(address: int, row: int, thread: int) -> None:
     c = call_at(address)
     width = c.blocks2 * BLOCK
     kept_at = c.a_at + 4 * row * width
-    scale = dynamic_scale(floats(kept_at, width))
+    scale = dynamic_scale(floats_at(kept_at, width))
     small = scratch_of(c, thread) + AT_ONCE * 4 * STRIP
-    q = floats(small, BLOCK)
+    q = floats_at(small, BLOCK)
     for block in range(c.blocks2):
-        x = floats(kept_at + 4 * BLOCK * block, BLOCK)
+        x = floats_at(kept_at + 4 * BLOCK * block, BLOCK)
         byte = quantize_input(address, x, q, scale)
         target = c.x2_at + row * c.planes * c.x2_bytes + block * c.block_bytes
         call5(c.pack_block, (kept_at + 4 * BLOCK * block, small, byte, target, c.x2_bytes))

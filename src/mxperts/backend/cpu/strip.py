@@ -22,7 +22,7 @@ from mxperts.formats import BlockFormat
 
 AT_ONCE = 96
 """Most input rows of one call: their sums, and a chunk of decoded weights, stay in the second-level cache."""
-CHUNK = 32
+CHUNK = 4
 """Blocks that are decoded at a time."""
 
 

@@ -76,7 +76,9 @@ def emit_direct(decoder: Decoder, rows: int) -> Any:
                     scale = simd.e8m0(b, tile, 16 * v)
                     for m in range(rows):
                         slot, offset = m * QUARTERS + v, 256 * m + 64 * v
-                        so_far = carried[slot] if in_registers else simd.load(b, kept, simd.F32S, offset=offset, align=64)
+                        so_far = (
+                            carried[slot] if in_registers else simd.load(b, kept, simd.F32S, offset=offset, align=64)
+                        )
                         total = _add_block(b, parts[m, v], here[m], scale, so_far)
                         if in_registers:
                             following[slot] = total
