@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import mxperts as mx
-from mxperts.backend.cpu import experts
 from mxperts.backend.cpu.paths import PATHS
 from mxperts.backend.cpu.prepared import need_care
 from mxperts.backend.reference.linear import quantize_input
@@ -47,7 +46,7 @@ def problem(
     w = mx.quantize(torch.randn(n, k, generator=g) * 256 * scales.repeat_interleave(32, -1)[:, :k], fmt)
     x = torch.randn(tokens, k, generator=g) * torch.logspace(-3, 3, tokens)[:, None]
     x[:, k // 3] *= 7
-    x[tokens // 2] = 0
+    x[tokens // 2 : tokens // 2 + 1] = 0
     return x.to(dtype), w, torch.randn(n, generator=g) * 256
 
 

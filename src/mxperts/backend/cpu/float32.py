@@ -2,7 +2,7 @@
 
 No instruction here belongs to one CPU: LLVM makes what it can of vectors of ``lanes`` float32. Weights are decoded to
 exactly what the dtype of the hidden states holds of them, Inf and rounded subnormals included, by arithmetic on the
-fields of their codes; every sum goes over the values of a row in order.
+fields of their codes. Each block of 32 has a sum of its own, which is then added to the row's.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ class Float32:
                 sums_at = b.add(sums, b.mul(q, simd.I64(4 * QUARTER)))
                 values_at = b.add(values, b.mul(q, simd.I64(4 * BLOCK * QUARTER)))
 
-                def turn(block: Any, parts: list[Any]) -> list[Any]:
+                places = [256 * m + 4 * self.lanes * v for m, v in slots]
+
+                def turn(block: Any, carried: list[Any]) -> list[Any]:
                     at = b.add(values_at, b.mul(block, simd.I64(4 * BLOCK * STRIP)))
                     here = [b.add(p, b.mul(block, simd.I64(BLOCK_BYTES))) for p in x]
 
@@ -181,12 +183,13 @@ class Float32:
                                 following.append(simd.call(b, f"llvm.{name}.v{self.lanes}f32", floats, terms))
                         return following
 
-                    return simd.counted(b, simd.I64(BLOCK), parts, step)
+                    parts = simd.counted(b, simd.I64(BLOCK), [simd.constant(floats, 0.0) for _ in slots], step)
+                    for part, place in zip(parts, places, strict=True):
+                        so_far = simd.load(b, sums_at, floats, offset=place, align=4)
+                        simd.store(b, b.fadd(so_far, part), sums_at, offset=place, align=4)
+                    return []
 
-                places = [256 * m + 4 * self.lanes * v for m, v in slots]
-                loaded = [simd.load(b, sums_at, floats, offset=place, align=4) for place in places]
-                for total, place in zip(simd.counted(b, blocks, loaded, turn), places, strict=True):
-                    simd.store(b, total, sums_at, offset=place, align=4)
+                simd.counted(b, blocks, [], turn)
                 return []
 
             simd.counted(b, simd.I64(QUARTERS), [], quarter)

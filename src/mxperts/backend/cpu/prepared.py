@@ -125,11 +125,7 @@ def _once(tensors: Sequence[Tensor], shape: object, make: Callable[[], tuple[Ten
     versions = tuple(0 if t.is_inference() else t._version for t in tensors)
     found = _kept.get(key)
     if found is not None and found.versions == versions:
-        alive = (ref() for ref in found.storages)
-        if all(
-            s is not None and s.data_ptr() == t.untyped_storage().data_ptr()
-            for s, t in zip(alive, tensors, strict=True)
-        ):
+        if all(storage() is not None for storage in found.storages):
             return found.tensors
     made = make()
     storages = tuple(weakref.ref(t.untyped_storage(), lambda _: _kept.pop(key, None)) for t in tensors)
