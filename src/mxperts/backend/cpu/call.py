@@ -110,7 +110,7 @@ class Settings(NamedTuple):
         amax: bits of the float32 from which on inputs need the careful path.
         x1_bytes, x2_bytes: of a packed row.
         scratch_bytes: of a thread's memory.
-        values_bytes, tile_bytes, block_bytes: memory for ``multiply``; of a tile; of a block that ``pack_block`` writes.
+        values_bytes, tile_bytes, block_bytes: memory for ``multiply``; of a tile; of a packed block.
         the others: functions of ``strip``, ``pack``, ``rows`` and ``layer``.
     """
 

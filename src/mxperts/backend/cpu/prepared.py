@@ -124,9 +124,8 @@ def _once(tensors: Sequence[Tensor], shape: object, make: Callable[[], tuple[Ten
     key = (shape, *((t.data_ptr(), t.shape, t.stride()) for t in tensors))
     versions = tuple(0 if t.is_inference() else t._version for t in tensors)
     found = _kept.get(key)
-    if found is not None and found.versions == versions:
-        if all(storage() is not None for storage in found.storages):
-            return found.tensors
+    if found is not None and found.versions == versions and all(s() is not None for s in found.storages):
+        return found.tensors
     made = make()
     storages = tuple(weakref.ref(t.untyped_storage(), lambda _: _kept.pop(key, None)) for t in tensors)
     _kept[key] = _Kept(storages, versions, made)
