@@ -4,6 +4,8 @@ import json
 import torch
 
 import mxperts as mx
+from mxperts.backend.cpu import jit
+from mxperts.backend.cpu.paths import available
 from mxperts.cli import app, doctor
 
 
@@ -17,7 +19,18 @@ def test_everything_is_shown(runner):
 def test_json(runner):
     document = json.loads(runner.invoke(app, ["doctor", "--output", "json"]).stdout)
     assert document["self_check"]["reference on cpu"] == "ok"
+    assert document["self_check"]["cpu on cpu"] == "ok"
+    assert f"paths here: {available()};" in document["backends"]["cpu"]["cpu"]
     assert document["versions"]["torch"] == torch.__version__
+
+
+def test_the_folder_of_compiled_kernels(runner, monkeypatch, tmp_path):
+    for folder, shown in ((tmp_path, str(tmp_path)), (None, "not kept")):
+        monkeypatch.setattr(jit, "cache_folder", lambda folder=folder: folder)
+        assert "| compiled CPU kernels" in (table := runner.invoke(app, ["doctor"]).stdout)
+        assert shown in table
+        document = json.loads(runner.invoke(app, ["doctor", "-o", "json"]).stdout)
+        assert document["kernel_cache"] == (None if folder is None else str(folder))
 
 
 def test_golden_block_holds_every_value_and_every_tie():

@@ -37,17 +37,18 @@ def gamma(n: int) -> float:
 def roundings(paths: Sequence[str], k: int, dtype: torch.dtype, activation: str | None) -> int:
     """The most roundings that a product of a row of ``k`` goes through on one of these paths of the CPU backend.
 
-    avx512_vnni sums a block exactly and then rounds once a block; avx512_bf16 rounds once a product of a block and once
-    a block, for each of the parts that float16 and float32 inputs are split into, and adds those; the others round once
-    a product and once a block, ``portable`` also the product itself.
+    avx512_vnni sums a block exactly and then rounds once a block. The others round once a product of a block,
+    ``portable`` also the product itself, and once a block; avx512_bf16 does so for each of the parts that float16 and
+    float32 inputs are split into, and adds those.
     """
     blocks = -(-k // 32)
     parts = 1 if activation in FORMATS else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+    one_each = min(k, 32) + blocks
     most = {
         "avx512_vnni": blocks,
-        "avx512_bf16": min(k, 32) + blocks + parts - 1,
-        "avx2": k + blocks,
-        "portable": k + blocks + 1,
+        "avx512_bf16": one_each + parts - 1,
+        "avx2": one_each,
+        "portable": one_each + 1,
     }
     return max(most[path] for path in paths)
 

@@ -34,14 +34,18 @@ GOLDEN_SCALE = 127
 
 def doctor(output: OutputOption = None) -> None:
     """Show versions, processor, accelerators and backends, and check quantisation bit by bit on every backend."""
+    from mxperts.backend.cpu import jit, paths  # takes a second, which `mxperts --help` need not wait for
+
     found = environment()
     checks = dict(self_checks())
+    folder = jit.cache_folder()
     document: dict[str, Any] = {
         **found,
         "optional": versions(OPTIONAL_PACKAGES),
-        "cpu_features": cpu_features(),
+        "cpu_features": sorted(paths.cpu_features()),
         "memory_bytes": memory_bytes(),
         "shipped_model": shipped_model(),
+        "kernel_cache": None if folder is None else str(folder),
         "backends": {device: mx.backends(device) for device in devices()},
         "self_check": checks,
     }
@@ -73,13 +77,6 @@ def self_checks() -> Iterator[tuple[str, str]]:
             yield name, "ok"
         else:
             yield name, f"WRONG: codes {codes}, scale {scales}, values {values.tolist()}"
-
-
-def cpu_features() -> list[str]:
-    """What LLVM, which compiles the CPU kernels, knows this processor to have."""
-    from llvmlite import binding
-
-    return sorted(name for name, present in binding.get_host_cpu_features().items() if present)
 
 
 def memory_bytes() -> int | None:
@@ -118,6 +115,8 @@ def table_rows(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "threads", str(document["threads"])
     yield "accelerators", ", ".join(document["accelerators"]) or "none"
     yield "shipped model", document["shipped_model"]
+    cache = document["kernel_cache"]
+    yield "compiled CPU kernels", cache or "not kept: the user's cache folder cannot be written"
     for device, backends in document["backends"].items():
         for name, summary in backends.items():
             yield f"backend {name} on {device}", summary

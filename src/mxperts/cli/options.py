@@ -28,7 +28,7 @@ DtypeOption = Annotated[
     str, typer.Option("--dtype", help="Of everything that is not quantised: auto, bfloat16, float16 or float32.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto, reference, cpu or gpu; see `mxperts doctor`.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, cpu or reference; see `mxperts doctor`.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: PyTorch's choice.")]
 TrustRemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")

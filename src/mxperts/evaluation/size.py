@@ -15,7 +15,9 @@ from mxperts.evaluation.router import experts_modules
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Bytes of a model in memory: parameters and buffers, whatever they are stored as, each storage counted once.
+    """Bytes of a model in memory: parameters and buffers, whatever they are stored as; what is tied counts once.
+
+    Parameters that a backend holds in a layout of its own count as what they stand for: the same, but for padding.
 
     Attributes:
         experts: of the experts modules alone.
@@ -52,4 +54,4 @@ def _tensors(module: nn.Module) -> Iterable[Tensor]:
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum({t.data_ptr(): t.nbytes for t in tensors if t.numel()}.values())
+    return sum({id(t): t.nbytes for t in tensors}.values())  # to ask for their addresses would bring values back

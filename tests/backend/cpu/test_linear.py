@@ -38,12 +38,14 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def problem(
-    seed: int, fmt: str, dtype: torch.dtype, *, tokens: int = 13, n: int = 100, k: int = 100
+    seed: int, fmt: str, dtype: torch.dtype, *, tokens: int = 31, n: int = 100, k: int = 100
 ) -> tuple[Tensor, mx.MXTensor, Tensor]:
     """Tokens from small to large, one of them zeros, each with a value that stands out; weights with many scales."""
     g = torch.Generator().manual_seed(seed)
     scales = torch.exp2((1.5 * torch.randn(n, -(-k // 32), generator=g)).clamp(-2, 4))
-    w = mx.quantize(torch.randn(n, k, generator=g) * 256 * scales.repeat_interleave(32, -1)[:, :k], fmt)
+    values = torch.randn(n, k, generator=g) * 256
+    values[:, ::32] = 500  # no block is so small that float16 rounds its E5M2 values
+    w = mx.quantize(values * scales.repeat_interleave(32, -1)[:, :k], fmt)
     x = torch.randn(tokens, k, generator=g) * torch.logspace(-3, 3, tokens)[:, None]
     x[:, k // 3] *= 7
     x[tokens // 2 : tokens // 2 + 1] = 0
@@ -87,9 +89,10 @@ def test_every_sum_is_within_the_bound_of_its_roundings(path: str, fmt: str, act
         x, w, bias = problem(i, fmt, dtype)
         assert not careful(w, dtype)
         b = bias if i % 2 else None
-        y = linear(x, w, b, activation, out_dtype=torch.float32).double().numpy()
-        expected, error = exact(path, x, w, b, activation)
-        assert_close(y, expected, error)
+        y = linear(x, w, b, activation, out_dtype=torch.float32)
+        assert_close(y.double().numpy(), *exact(path, x, w, b, activation))
+        for tokens in (1, 5):
+            assert torch.equal(linear(x[:tokens], w, b, activation, out_dtype=torch.float32), y[:tokens])
 
 
 @pytest.mark.usefixtures("forced")
@@ -99,7 +102,7 @@ def test_long_rows(path: str, fmt: str, activation: str | None, k: int) -> None:
     """Weights are decoded 32 blocks at a time where many tokens use them."""
     x, w, _ = problem(3, fmt, torch.bfloat16, n=70, k=k)
     expected, error = exact(path, x, w, None, activation)
-    for tokens in (13, 2):
+    for tokens in (31, 2):
         y = linear(x[:tokens], w, None, activation, out_dtype=torch.float32).double().numpy()
         assert_close(y, expected[:tokens], error[:tokens])
 
@@ -143,7 +146,7 @@ def test_a_block_of_integers_is_exact_and_rounded_once(path: str, fmt: str, acti
     """One block: the exact result, rounded. Two: the second is added to the first's and the sum rounded."""
     scales = torch.tensor([20, 90, 120, 127, 128, 135, 159], dtype=torch.uint8)
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(31, 64, generator=g) * torch.logspace(-30, 29, 31)[:, None]
+    x = torch.randn(31, 64, generator=g) * torch.logspace(-30, 24, 31)[:, None]
     x[3], x[4, ::2], x[4, 1::2] = 7.5, -127.0, 127.0  # as large as sums become
     x = x.bfloat16()
     for k in (32, 64):
@@ -214,11 +217,10 @@ def test_numbers_of_any_size(path: str, fmt: str, activation: str | None) -> Non
                 terms = rows[:, None] * values
                 expected = terms.sum(-1)
                 finite = np.where(np.isfinite(terms), terms, 0)
-                size, total = np.abs(finite).sum(-1), finite.sum(-1)
-            overflows = np.where(size > 2.0**129, np.abs(total) == size, False)
-            certain = (size < 2.0**127) | (overflows & np.isfinite(expected))
-            with np.errstate(over="ignore"):
+                size = np.abs(finite).sum(-1)
+                one_sign = (terms >= 0).all(-1) | (terms <= 0).all(-1)
                 expected = expected.astype(np.float32).astype(np.float64)
+            certain = (size < 2.0**127) | ((size > 2.0**129) & one_sign)  # sums cannot overflow on the way, or must
             same = (np.isnan(y) & np.isnan(expected)) | (y == expected)
             error = bounds.gamma(110) * size + 200 * bounds.SMALLEST + np.abs(expected) * bounds.UNIT
             if path == "avx512_bf16":
@@ -226,7 +228,7 @@ def test_numbers_of_any_size(path: str, fmt: str, activation: str | None) -> Non
             with np.errstate(invalid="ignore"):
                 same |= np.isfinite(y) & np.isfinite(expected) & (abs(y - expected) <= error)
             wrong = np.argwhere(certain & ~same)
-            assert certain.mean() > 0.5
+            assert certain.mean() > 0.4
             assert not len(wrong), (
                 dtype,
                 scales,

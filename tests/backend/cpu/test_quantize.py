@@ -17,7 +17,6 @@ from torch import Tensor
 from mxperts.backend import reference
 from mxperts.backend.cpu.blocks import (
     bf16_to_float,
-    block_rule,
     encode_block,
     fp16_to_float,
     quantize_block,
@@ -27,6 +26,7 @@ from mxperts.backend.cpu.blocks import (
 )
 from mxperts.backend.cpu.fp8 import dynamic_scale, fake_quantize_fp8
 from mxperts.backend.cpu.quantize import SHARE, dequantize, fake_quantize, quantize
+from mxperts.backend.cpu.rule import block_rule
 from mxperts.backend.reference.fp8 import fake_quantize_dynamic, fake_quantize_static
 from mxperts.errors import ArgumentError
 from mxperts.formats import (

@@ -10,305 +10,25 @@ instructions, and Numba makes every integer 64 bits wide.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mxperts.errors import ArgumentError
-from mxperts.formats import (
-    SCALE_BIAS,
-    SCALE_MAX,
-    SCALE_NAN,
-    BlockFormat,
-    Encoding,
-    NonFinite,
-    Recipe,
-    Rounding,
-    ScaleRule,
-    SignedZero,
-)
-
-BLOCK = 32
-"""Elements of a block."""
+from mxperts.backend.cpu import simd
+from mxperts.backend.cpu.lanes import Lanes, branch
+from mxperts.backend.cpu.rule import BLOCK, INF, BlockRule, bits_of
+from mxperts.formats import SCALE_BIAS, SCALE_MAX, SCALE_NAN
 
 _SIGN = -(1 << 31)
 _MAGNITUDE = 0x7FFFFFFF
 _FRACTION = 0x7FFFFF
-_INF = 0x7F800000
 _NAN = 0x7FC00000
 _LEAST_NORMAL_SCALE = SCALE_BIAS - 126 + 16
 """From this scale byte on no product of an element, 2^-16 or more, is subnormal in float32."""
 _NO_SUBNORMAL_ELEMENT = _LEAST_NORMAL_SCALE + 2
 """From this scale byte on no number that is subnormal in float32 is as much as half of the smallest element."""
-
-
-class BlockRule(NamedTuple):
-    """A format and a recipe as plain integers: all that happens to one block.
-
-    Attributes:
-        scale_carry: added to the bits of amax; a carry into its exponent is the scale rule's step up.
-        scale_offset: what the exponent field of amax, stepped, is above the scale byte.
-        overflow: the exponent field from which on the scale is the largest.
-        zero_scale: scale byte of a block of zeros.
-        mantissa_bits, emin: of the elements; integers are fixed point, as floats are below 2^emin.
-        etop: exponents above this are treated as this.
-        half, down, even: rounding adds half a unit if ``half`` is 1, less ``down``, plus the unit's last bit if
-            ``even`` is 1.
-        largest: bits of the largest element as float32.
-        below: what the bits of the most negative element's magnitude are above that.
-        keep_zero: 1 if everything that is or becomes 0 keeps its sign.
-        keep_rounded: -1 if what becomes 0 and is not 0 keeps its sign.
-        nan_saturates, inf_saturates: 1 if such an element becomes the largest one, 0 if its block becomes NaN. Nothing
-            here raises: who wants an error looks for NaN and Inf beforehand.
-        normal: bits of 2^emin as float32, beyond all elements if they are integers.
-        unit: bits of 2^(mantissa_bits - emin) as float32.
-        code_offset: what the top bits of a normal element's float32 are above its code.
-        negate: -1 if negative codes are two's complements.
-        sign_bit: of a code; 0 if negative codes are two's complements.
-        inf_code, nan_code: the magnitude code that is Inf, 255 if none is, and the last one that is not NaN; of 8 bits.
-        bits: width of a code.
-    """
-
-    scale_carry: int
-    scale_offset: int
-    overflow: int
-    zero_scale: int
-    mantissa_bits: int
-    emin: int
-    etop: int
-    half: int
-    down: int
-    even: int
-    largest: int
-    below: int
-    keep_zero: int
-    keep_rounded: int
-    nan_saturates: int
-    inf_saturates: int
-    normal: int
-    unit: int
-    code_offset: int
-    negate: int
-    sign_bit: int
-    inf_code: int
-    nan_code: int
-    bits: int
-
-
-_ROUNDINGS = {  # half, down, even
-    Rounding.NEAREST_EVEN: (1, 1, 1),
-    Rounding.HALF_AWAY: (1, 0, 0),
-    Rounding.HALF_TOWARD_ZERO: (1, 1, 0),
-    Rounding.TOWARD_ZERO: (0, 0, 0),
-}
-
-
-@lru_cache(maxsize=256)
-def block_rule(fmt: BlockFormat, recipe: Recipe) -> BlockRule:
-    """The numbers that stand for a format and a recipe in kernels.
-
-    Raises:
-        ArgumentError: stochastic rounding, which no kernel has.
-    """
-    if recipe.rounding not in _ROUNDINGS:
-        raise ArgumentError("stochastic rounding needs a generator: pass generator=torch.Generator()")
-    element = fmt.element
-    integer = not element.has_signed_zero
-    mantissa_bits = element.mantissa_bits - integer
-    emin = 1 - element.bias - integer
-    fraction = int((element.max / 2.0**element.emax - 1) * 2**23)
-    carry, step = _scale_step(recipe, element.mantissa_bits, fraction)
-    half, down, even = _ROUNDINGS[recipe.rounding]
-    largest = _bits_of(element.max)
-    top_exponent = ((1 << element.exponent_bits) - 1) << element.mantissa_bits
-    return BlockRule(
-        scale_carry=carry,
-        scale_offset=element.emax - step,
-        overflow=SCALE_NAN if recipe.scale_rule is ScaleRule.EVEN and recipe.even_overflow else 1 << 20,
-        zero_scale=recipe.zero_block_scale,
-        mantissa_bits=mantissa_bits,
-        emin=emin,
-        etop=emin if integer else element.emax + 1,
-        half=half,
-        down=down,
-        even=even,
-        largest=largest,
-        below=_bits_of(-element.min) - largest if integer and recipe.use_min else 0,
-        keep_zero=int(not integer and recipe.signed_zero is SignedZero.KEEP),
-        keep_rounded=-int(not integer and recipe.signed_zero is SignedZero.KEEP_ROUNDED),
-        nan_saturates=int(recipe.nan is NonFinite.SATURATE),
-        inf_saturates=int(recipe.inf is NonFinite.SATURATE),
-        normal=_INF if integer else _bits_of(2.0**emin),
-        unit=_bits_of(2.0 ** (mantissa_bits - emin)),
-        code_offset=(SCALE_BIAS + emin - 1) << mantissa_bits,
-        negate=-int(integer),
-        sign_bit=0 if integer else element.sign_bit,
-        inf_code=top_exponent if element.encoding is Encoding.IEEE else 255,
-        nan_code=len(element.magnitudes) - (element.encoding is not Encoding.IEEE),
-        bits=element.bits,
-    )
-
-
-def _scale_step(recipe: Recipe, mantissa_bits: int, fraction: int) -> tuple[int, int]:
-    """What is added to the 23-bit fraction of amax, and to its exponent besides the carry.
-
-    Args:
-        mantissa_bits: of the element format.
-        fraction: the 23-bit fraction of its largest element.
-    """
-    match recipe.scale_rule:
-        case ScaleRule.FLOOR:
-            return 0, 0
-        case ScaleRule.EVEN:
-            bits = mantissa_bits if recipe.even_bits is None else recipe.even_bits
-            return (1 << (22 - bits) if bits <= 22 else 0), 0
-        case ScaleRule.RCEIL:
-            return 0x7FFFFF - fraction, 0
-        case ScaleRule.CEIL:
-            return 0x7FFFFF, 0
-        case ScaleRule.RFLOOR:
-            return 0x800000 - fraction, -1
-
-
-def _bits_of(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
-
-
-class Lanes:
-    """Signed integers in LLVM IR, one or a vector of them, with Python's operators.
-
-    The other operand may be an int. Floats are in here as their bits.
-    """
-
-    def __init__(self, builder: Any, value: Any) -> None:
-        self.builder = builder
-        self.value = value
-
-    def like(self, number: int) -> Lanes:
-        """As many lanes with this number."""
-        type_ = self.value.type
-        listed = [number] * type_.count if isinstance(type_, ir.VectorType) else number
-        return Lanes(self.builder, ir.Constant(type_, listed))
-
-    def _of(self, other: Lanes | int) -> Any:
-        return other.value if isinstance(other, Lanes) else self.like(other).value
-
-    def _with(self, operation: str, other: Lanes | int) -> Lanes:
-        return Lanes(self.builder, getattr(self.builder, operation)(self.value, self._of(other)))
-
-    def __add__(self, other: Lanes | int) -> Lanes:
-        return self._with("add", other)
-
-    def __sub__(self, other: Lanes | int) -> Lanes:
-        return self._with("sub", other)
-
-    def __rsub__(self, other: int) -> Lanes:
-        return self.like(other) - self
-
-    def __and__(self, other: Lanes | int) -> Lanes:
-        return self._with("and_", other)
-
-    def __or__(self, other: Lanes | int) -> Lanes:
-        return self._with("or_", other)
-
-    def __xor__(self, other: Lanes | int) -> Lanes:
-        return self._with("xor", other)
-
-    def __lshift__(self, other: Lanes | int) -> Lanes:
-        return self._with("shl", other)
-
-    def __rshift__(self, other: Lanes | int) -> Lanes:
-        return self._with("ashr", other)
-
-    def is_(self, comparison: str, other: Lanes | int) -> Any:
-        """The truth values of a signed comparison, for ``select``."""
-        return self.builder.icmp_signed(comparison, self.value, self._of(other))
-
-    def select(self, condition: Any, other: Lanes | int) -> Lanes:
-        """These where the condition holds, the others elsewhere."""
-        return Lanes(self.builder, self.builder.select(condition, self.value, self._of(other)))
-
-    def when(self, condition: Any, change: Callable[[Lanes], Lanes]) -> Lanes:
-        """``change`` of these if one condition for all of them holds; otherwise that code does not run."""
-        return branch(self.builder, condition, lambda: [change(self)], lambda: [self])[0]
-
-    def at_most(self, other: Lanes | int) -> Lanes:
-        """The smaller ones."""
-        return self.select(self.is_("<", other), other)
-
-    def at_least(self, other: Lanes | int) -> Lanes:
-        """The larger ones."""
-        return self.select(self.is_(">", other), other)
-
-    def times(self, other: Lanes | int) -> Lanes:
-        """The product as floats."""
-        return self._as_floats("fmul", other)
-
-    def plus(self, other: Lanes | int) -> Lanes:
-        """The sum as floats."""
-        return self._as_floats("fadd", other)
-
-    def _as_floats(self, operation: str, other: Lanes | int) -> Lanes:
-        b, floats = self.builder, _like(self.value.type, ir.FloatType())
-        result = getattr(b, operation)(b.bitcast(self.value, floats), b.bitcast(self._of(other), floats))
-        return Lanes(b, b.bitcast(result, self.value.type))
-
-    def to_float(self) -> Lanes:
-        """The float32 numbers nearest to these integers."""
-        b = self.builder
-        return Lanes(b, b.bitcast(b.sitofp(self.value, _like(self.value.type, ir.FloatType())), self.value.type))
-
-    def to_int(self) -> Lanes:
-        """The integers that these floats are."""
-        b = self.builder
-        return Lanes(b, b.fptosi(b.bitcast(self.value, _like(self.value.type, ir.FloatType())), self.value.type))
-
-    def cast(self, bits: int, *, signed: bool = False) -> Lanes:
-        """The same integers in more bits, or their lowest bits."""
-        type_ = _like(self.value.type, ir.IntType(bits))
-        element = getattr(self.value.type, "element", self.value.type)
-        wider = self.builder.sext if signed else self.builder.zext
-        if bits == element.width:
-            return self
-        return Lanes(self.builder, (wider if bits > element.width else self.builder.trunc)(self.value, type_))
-
-    def regroup(self, count: int, bits: int) -> Lanes:
-        """The same bytes as ``count`` integers of ``bits``."""
-        return Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(ir.IntType(bits), count)))
-
-    def pick(self, indices: Sequence[int]) -> Lanes:
-        """Lanes by their number, in a new order; one past the last is a zero."""
-        order = ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), list(indices))
-        return Lanes(self.builder, self.builder.shuffle_vector(self.value, self.like(0).value, order))
-
-    def splat(self) -> Lanes:
-        """This one number in all 32 lanes."""
-        vector = ir.VectorType(self.value.type, BLOCK)
-        one = self.builder.insert_element(ir.Constant(vector, ir.Undefined), self.value, ir.IntType(32)(0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), None)
-        return Lanes(self.builder, self.builder.shuffle_vector(one, one, zeros))
-
-    def largest(self) -> Lanes:
-        """The largest lane; none may be negative."""
-        type_ = self.value.type
-        name = f"llvm.vector.reduce.umax.v{type_.count}i{type_.element.width}"
-        return Lanes(self.builder, _call(self.builder, name, type_.element, [self.value]))
-
-
-def _call(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
-    """A call of one of LLVM's own functions."""
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
-    return builder.call(function, arguments)
-
-
-def _like(type_: Any, element: Any) -> Any:
-    return ir.VectorType(element, type_.count) if isinstance(type_, ir.VectorType) else element
 
 
 class _Rule:
@@ -325,25 +45,6 @@ class _Rule:
         else:
             field = b.extract_value(self.value, i)
         return Lanes(self.builder, field).cast(32)
-
-
-def branch(
-    builder: Any, condition: Any, then: Callable[[], Sequence[Lanes]], otherwise: Callable[[], Sequence[Lanes]]
-) -> list[Lanes]:
-    """The values of one of two pieces of code; only that one runs."""
-    ends: list[tuple[Any, Sequence[Lanes]]] = []
-    with builder.if_else(condition) as (if_then, if_not):
-        for path, code in ((if_then, then), (if_not, otherwise)):
-            with path:
-                values = code()
-                ends.append((builder.block, values))
-    results = []
-    for pair in zip(ends[0][1], ends[1][1], strict=True):
-        phi = builder.phi(pair[0].value.type)
-        for (block, _), value in zip(ends, pair, strict=True):
-            phi.add_incoming(value.value, block)
-        results.append(Lanes(builder, phi))
-    return results
 
 
 # Pieces of code: Lanes in, Lanes out
@@ -363,12 +64,12 @@ def round_to_elements(bits: Lanes, rule: _Rule) -> tuple[Lanes, Lanes]:
     """
     magnitude = bits & _MAGNITUDE
     top = magnitude.largest()
-    special = top.is_(">=", _INF)
+    special = top.is_(">=", INF)
 
     def with_specials() -> list[Lanes]:
-        number = magnitude.select(magnitude.is_("<=", _INF), 0).largest()
-        nan = (rule.nan_saturates ^ 1).select(top.is_(">", _INF), 0)
-        inf = (rule.inf_saturates ^ 1).select(number.is_("==", _INF), 0)
+        number = magnitude.select(magnitude.is_("<=", INF), 0).largest()
+        nan = (rule.nan_saturates ^ 1).select(top.is_(">", INF), 0)
+        inf = (rule.inf_saturates ^ 1).select(number.is_("==", INF), 0)
         return [number, nan | inf]
 
     top, poisoned = branch(bits.builder, special, with_specials, lambda: [top, top.like(0)])
@@ -377,7 +78,7 @@ def round_to_elements(bits: Lanes, rule: _Rule) -> tuple[Lanes, Lanes]:
 
     def saturated_or_poisoned(elements: Lanes) -> Lanes:
         largest = rule.largest.splat() | (bits & _SIGN)
-        return elements.select(magnitude.is_("<", _INF), largest).select(poisoned.is_("==", 0), 0)
+        return elements.select(magnitude.is_("<", INF), largest).select(poisoned.is_("==", 0), 0)
 
     elements = elements.when(special, saturated_or_poisoned)
     byte = rule.zero_scale.select(top.is_("==", 0), byte)
@@ -449,7 +150,7 @@ def _scale_to_subnormal(elements: Lanes, byte: Lanes) -> Lanes:
     subnormal = ((scaled & _FRACTION) | (1 << 23)) >> drop
     value = scaled.select(scaled.is_(">=", 1 << 23), subnormal)
     value = value.select(magnitude.is_("!=", 0), 0)
-    value = value.select(magnitude.is_("<", _INF), magnitude) | (elements & _SIGN)
+    value = value.select(magnitude.is_("<", INF), magnitude) | (elements & _SIGN)
     return value.select(byte.is_("!=", SCALE_NAN), _NAN)
 
 
@@ -482,7 +183,7 @@ def decode(codes: Lanes, rule: _Rule) -> Lanes:
     def floats_of_8() -> list[Lanes]:
         (value,) = floats()
         magnitude = codes & 0x7F
-        value = value.select(magnitude.is_("!=", rule.inf_code.splat()), (value & _SIGN) | _INF)
+        value = value.select(magnitude.is_("!=", rule.inf_code.splat()), (value & _SIGN) | INF)
         return [value.select(magnitude.is_("<=", rule.nan_code.splat()), _NAN)]
 
     def of_8() -> list[Lanes]:
@@ -526,7 +227,7 @@ def _unpack(packed: Lanes, bits: int) -> Lanes:
 
 def _from_fp16(half: Lanes) -> Lanes:
     magnitude = half & 0x7FFF
-    subnormal = magnitude.to_float().times(_bits_of(2.0**-24))
+    subnormal = magnitude.to_float().times(bits_of(2.0**-24))
     value = ((magnitude << 13) + (112 << 23)).select(magnitude.is_(">=", 0x400), subnormal)
     value = value.select(magnitude.is_("<", 0x7C00), (magnitude << 13) + (224 << 23))
     return value | (half & 0x8000) << 16
@@ -534,7 +235,7 @@ def _from_fp16(half: Lanes) -> Lanes:
 
 def _to_bf16(bits: Lanes) -> Lanes:
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return rounded.select((bits & _MAGNITUDE).is_("<=", _INF), 0x7FC0)
+    return rounded.select((bits & _MAGNITUDE).is_("<=", INF), 0x7FC0)
 
 
 def _to_fp16(bits: Lanes) -> Lanes:
@@ -543,16 +244,16 @@ def _to_fp16(bits: Lanes) -> Lanes:
     # Added to 1/2, whose unit in the last place is the smallest float16, a number below 2^-14 leaves its code there
     subnormal = magnitude.plus(126 << 23) - (126 << 23)
     value = normal.select(magnitude.is_(">=", 113 << 23), subnormal)
-    return value.select(magnitude.is_("<=", _INF), 0x7E00) | (bits >> 16 & 0x8000)
+    return value.select(magnitude.is_("<=", INF), 0x7E00) | (bits >> 16 & 0x8000)
 
 
 def _to_e4m3(bits: Lanes) -> Lanes:
-    magnitude = (bits & _MAGNITUDE).at_most(_bits_of(448.0))
+    magnitude = (bits & _MAGNITUDE).at_most(bits_of(448.0))
     normal = (magnitude + 0x7FFFF + (magnitude >> 20 & 1)) & ~0xFFFFF
     # Added to 2^14, whose unit in the last place is the smallest E4M3 number, and subtracted again
-    subnormal = magnitude.plus(_bits_of(2.0**14)).plus(_bits_of(-(2.0**14)))
-    value = normal.select(magnitude.is_(">=", _bits_of(2.0**-6)), subnormal) | (bits & _SIGN)
-    return value.select((bits & _MAGNITUDE).is_("<=", _INF), _NAN)
+    subnormal = magnitude.plus(bits_of(2.0**14)).plus(bits_of(-(2.0**14)))
+    value = normal.select(magnitude.is_(">=", bits_of(2.0**-6)), subnormal) | (bits & _SIGN)
+    return value.select((bits & _MAGNITUDE).is_("<=", INF), _NAN)
 
 
 # Memory. bfloat16 comes as int16 and float16 as uint16, so that the type tells which it is.
@@ -622,13 +323,13 @@ class _Memory:
     def _load_first(self, type_: Any) -> Lanes:
         arguments = [self._pointer(type_), ir.IntType(32)(1), self._is_in(), ir.Constant(type_, [0] * BLOCK)]
         name = f"llvm.masked.load.v{BLOCK}i{type_.element.width}.p0"
-        return Lanes(self.builder, _call(self.builder, name, type_, arguments))
+        return Lanes(self.builder, simd.call(self.builder, name, type_, arguments))
 
     def _store_first(self, lanes: Lanes) -> None:
         type_ = lanes.value.type
         arguments = [lanes.value, self._pointer(type_), ir.IntType(32)(1), self._is_in()]
         name = f"llvm.masked.store.v{BLOCK}i{type_.element.width}.p0"
-        _call(self.builder, name, ir.VoidType(), arguments)
+        simd.call(self.builder, name, ir.VoidType(), arguments)
 
     def _is_in(self) -> Any:
         """Which lanes are among the first ``count``."""

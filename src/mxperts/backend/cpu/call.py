@@ -17,8 +17,8 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, register_model
 
 from mxperts.backend.cpu.activation import ActivationRule
-from mxperts.backend.cpu.blocks import BlockRule
 from mxperts.backend.cpu.jit import jit
+from mxperts.backend.cpu.rule import BlockRule
 
 BF16, FP16, FP32 = range(3)
 """``kind``: dtypes of hidden states."""

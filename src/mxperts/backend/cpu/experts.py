@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mxperts.backend.cpu import prepared
 from mxperts.backend.cpu.activation import ActivationRule, activation_rule
-from mxperts.backend.cpu.blocks import BLOCK, block_rule
 from mxperts.backend.cpu.call import (
     BF16,
     BLOCKS,
@@ -36,6 +35,7 @@ from mxperts.backend.cpu.pack import Packing, pack_block
 from mxperts.backend.cpu.paths import Path, careful_path, choose
 from mxperts.backend.cpu.routing import COUNTERS, MOST_PIECES
 from mxperts.backend.cpu.rows import compiled_rows, scratch_bytes
+from mxperts.backend.cpu.rule import BLOCK, block_rule
 from mxperts.backend.cpu.strip import Kernels, kernels_of, multiply_strip, values_bytes
 from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Activation, BlockFormat, Role, recipe
 from mxperts.ops.activation import BoundActivation

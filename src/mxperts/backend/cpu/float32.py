@@ -14,14 +14,14 @@ from typing import Any
 from llvmlite import ir
 
 from mxperts.backend.cpu import simd
-from mxperts.backend.cpu.bf16 import row_pointers
+from mxperts.backend.cpu.avx512 import row_pointers
 from mxperts.backend.cpu.call import BF16, FP16
 from mxperts.backend.cpu.decode import Decoder
 from mxperts.backend.cpu.layout import QUARTERS, STRIP
+from mxperts.backend.cpu.rule import BLOCK
 from mxperts.formats import ElementFormat
 from mxperts.formats.element import Encoding
 
-BLOCK = 32
 BLOCK_BYTES = 4 * BLOCK
 """Bytes of a block of the input: float32 in the order of ``Words.order``."""
 QUARTER = STRIP // QUARTERS
@@ -121,7 +121,7 @@ class Float32:
                     quarter, at = b.udiv(i, per_quarter), b.mul(b.urem(i, per_quarter), simd.I64(4 * self.lanes))
                     codes = b.add(tile, b.add(b.mul(quarter, simd.I64(QUARTER * decoder.format.block_bytes)), at))
                     target = b.add(out, b.add(b.mul(quarter, simd.I64(4 * BLOCK * QUARTER)), at))
-                    scale = self._scale(b, b.add(tile, b.mul(i, simd.I64(self.lanes))))
+                    scale = simd.e8m0(b, b.add(tile, b.mul(i, simd.I64(self.lanes))), 0, self.lanes)
                     for group in range(decoder.groups):
                         loaded = [
                             simd.load(b, codes, ints, offset=STRIP + 64 * (group * words.words + w), align=4)
@@ -141,15 +141,6 @@ class Float32:
             simd.counted(b, blocks, [], turn)
 
         return body
-
-    def _scale(self, b: Any, address: Any) -> Any:
-        """2^(byte - 127) of ``lanes`` scale bytes."""
-        ints = _vector(simd.I32, self.lanes)
-        byte = b.zext(simd.load(b, address, _vector(simd.I8, self.lanes)), ints)
-        bits = b.shl(byte, simd.constant(ints, 23))
-        bits = b.select(b.icmp_signed("==", byte, simd.constant(ints, 0)), simd.constant(ints, 1 << 22), bits)
-        bits = b.select(b.icmp_signed("==", byte, simd.constant(ints, 255)), simd.constant(ints, 0x7FC00000), bits)
-        return b.bitcast(bits, _vector(simd.F32, self.lanes))
 
     def decoded(self, rows: int) -> Any:
         """Emits sums [rows, 64] += rows x decoded values."""

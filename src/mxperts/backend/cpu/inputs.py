@@ -20,9 +20,7 @@ from mxperts.backend.cpu.call import BF16, BLOCKS, FP16, NONE, call_at, rule_at
 from mxperts.backend.cpu.fp8 import fake_quantize_fp8
 from mxperts.backend.cpu.jit import jit
 from mxperts.backend.cpu.memory import double_byte_pointer, float_pointer
-
-BLOCK = 32
-_INF = 0x7F800000
+from mxperts.backend.cpu.rule import INF
 
 
 @jit
@@ -81,7 +79,7 @@ def is_large(x: Any, limit: int) -> bool:
     found = False
     for i in range(len(x)):
         bits = float_bits(x[i]) & 0x7FFFFFFF
-        found |= limit <= bits < _INF
+        found |= limit <= bits < INF
     return found
 
 

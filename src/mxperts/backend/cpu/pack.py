@@ -11,11 +11,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from mxperts.backend.cpu import simd
+from mxperts.backend.cpu.avx512 import START_AT, T_AT
 from mxperts.backend.cpu.decode import Decoder, Integers
 from mxperts.backend.cpu.jit import native
+from mxperts.backend.cpu.rule import BLOCK
 from mxperts.formats import BlockFormat
 
-BLOCK = 32
 _F32, _I32, _I16 = (ir.VectorType(t, BLOCK) for t in (simd.F32, simd.I32, simd.I16))
 
 
@@ -109,7 +110,7 @@ def pack_bf16(fmt: BlockFormat, planes: int) -> Any:
 
 
 def pack_integers(weight: BlockFormat, activation: BlockFormat) -> Any:
-    """``pack_block`` for elements of ``activation`` and integer weights: see ``vnni``."""
+    """``pack_block`` for elements of ``activation`` and integer weights: see ``avx512.VNNI``."""
     of_weight, of_input = Integers.of(weight.element), Integers.of(activation.element)
     assert of_weight is not None
     assert of_input is not None
@@ -134,8 +135,8 @@ def pack_integers(weight: BlockFormat, activation: BlockFormat) -> Any:
             subnormal = b.lshr(simd.I32(1 << 23), b.select(b.icmp_signed("<", drop, simd.I32(1)), simd.I32(1), drop))
             t = b.select(b.icmp_signed(">", field, simd.I32(0)), normal, subnormal)
             t = b.select(b.icmp_signed("==", byte, simd.I64(255)), simd.I32(0x7FC00000), t)
-            simd.store(b, t, target, offset=BLOCK, align=4)
-            simd.store(b, start, target, offset=BLOCK + 4, align=4)
+            simd.store(b, t, target, offset=T_AT, align=4)
+            simd.store(b, start, target, offset=START_AT, align=4)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), codegen

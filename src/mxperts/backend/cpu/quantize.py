@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mxperts.backend import reference
-from mxperts.backend.cpu.blocks import BLOCK, BlockRule, block_rule, dequantize_at, fake_quantize_at, quantize_at
+from mxperts.backend.cpu.blocks import dequantize_at, fake_quantize_at, quantize_at
 from mxperts.backend.cpu.jit import exclusive, jit, kernel, threads
+from mxperts.backend.cpu.rule import BLOCK, BlockRule, block_rule
 from mxperts.errors import ArgumentError
 from mxperts.formats import BlockFormat, NonFinite, Recipe, Rounding
 

@@ -12,7 +12,6 @@ import numpy as np
 from numba import carray
 
 from mxperts.backend.cpu.activation import activate_at
-from mxperts.backend.cpu.blocks import BLOCK
 from mxperts.backend.cpu.call import DYNAMIC, FP32, Call, activation_at, call_at
 from mxperts.backend.cpu.fp8 import dynamic_scale
 from mxperts.backend.cpu.inputs import is_large, load_numbers, quantize_input, round_numbers
@@ -20,6 +19,7 @@ from mxperts.backend.cpu.jit import jit, native
 from mxperts.backend.cpu.layout import STRIP
 from mxperts.backend.cpu.memory import byte_pointer, call5, floats_at, long_at
 from mxperts.backend.cpu.routing import local_expert
+from mxperts.backend.cpu.rule import BLOCK
 from mxperts.backend.cpu.strip import AT_ONCE, SCALES_BYTES
 
 _SMALL = 6 * 4 * STRIP

@@ -135,13 +135,14 @@ def dot_u8_i8(b: Any, sums: Any, x: Any, y: Any) -> Any:
     return call(b, "llvm.x86.avx512.vpdpbusd.512", I32S, [sums, *operands])
 
 
-def e8m0(b: Any, address: Any, offset: int) -> Any:
-    """Sixteen shared scales: 2^(byte - 127) as float32, byte 0 a subnormal, byte 255 NaN."""
-    byte = b.zext(load(b, address, ir.VectorType(I8, WIDTH), offset=offset, align=16), I32S)
-    bits = b.shl(byte, constant(I32S, 23))
-    bits = b.select(b.icmp_signed("==", byte, constant(I32S, 0)), constant(I32S, 1 << 22), bits)
-    bits = b.select(b.icmp_signed("==", byte, constant(I32S, 255)), constant(I32S, 0x7FC00000), bits)
-    return b.bitcast(bits, F32S)
+def e8m0(b: Any, address: Any, offset: int, lanes: int = WIDTH) -> Any:
+    """Shared scales: 2^(byte - 127) as float32, byte 0 a subnormal, byte 255 NaN."""
+    ints = ir.VectorType(I32, lanes)
+    byte = b.zext(load(b, address, ir.VectorType(I8, lanes), offset=offset), ints)
+    bits = b.shl(byte, constant(ints, 23))
+    bits = b.select(b.icmp_signed("==", byte, constant(ints, 0)), constant(ints, 1 << 22), bits)
+    bits = b.select(b.icmp_signed("==", byte, constant(ints, 255)), constant(ints, 0x7FC00000), bits)
+    return b.bitcast(bits, ir.VectorType(F32, lanes))
 
 
 def counted(b: Any, count: Any, carried: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]) -> list[Any]:

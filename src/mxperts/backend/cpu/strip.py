@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,13 +11,15 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from mxperts.backend.cpu import bf16, float32, simd, vnni
+from mxperts.backend.cpu import avx512, float32, simd
+from mxperts.backend.cpu.avx512 import Products
 from mxperts.backend.cpu.decode import Decoder
 from mxperts.backend.cpu.float32 import Float32
 from mxperts.backend.cpu.jit import native
 from mxperts.backend.cpu.layout import STRIP
 from mxperts.backend.cpu.memory import float_pointer
 from mxperts.backend.cpu.paths import AVX2, AVX512_BF16, AVX512_VNNI, Path
+from mxperts.backend.cpu.rule import BLOCK
 from mxperts.formats import BlockFormat
 
 AT_ONCE = 96
@@ -26,7 +28,7 @@ CHUNK = 4
 """Blocks that are decoded at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Kernels:
     """What a path consists of: three functions that emit code, and the sizes of what they read.
 
@@ -38,7 +40,8 @@ class Kernels:
         block_bytes: of an input row.
         decoded_bytes: of a tile once it is decoded, without its scales.
         direct, decode, decoded: emit the functions of that name, the outer ones for a number of rows.
-        direct_up_to: rows up to which decoding at each use costs less than writing decoded weights down, as measured.
+        direct_up_to: by the bits of a code, rows up to which decoding at each use takes less time than decoding once,
+            as measured.
     """
 
     name: str
@@ -50,29 +53,24 @@ class Kernels:
     direct: Callable[[Decoder, int], Any] | None
     decode: Callable[[Decoder], Any]
     decoded: Callable[[int], Any]
-    direct_up_to: Callable[[BlockFormat], int]
+    direct_up_to: Mapping[int, int]
 
 
-BF16 = Kernels(
-    name="avx512_bf16",
-    rows=bf16.ROWS,
-    block_bytes=bf16.BLOCK_BYTES,
-    decoded_bytes=bf16.STEPS * 4 * STRIP,
-    direct=bf16.emit_direct,
-    decode=bf16.emit_decode,
-    decoded=bf16.emit_decoded,
-    direct_up_to=lambda fmt: {4: 24, 6: 12, 8: 6}[fmt.element.bits],
-)
-VNNI = Kernels(
-    name="avx512_vnni",
-    rows=bf16.ROWS,
-    block_bytes=vnni.BLOCK_BYTES,
-    decoded_bytes=vnni.STEPS * 4 * STRIP,
-    direct=vnni.emit_direct,
-    decode=vnni.emit_decode,
-    decoded=vnni.emit_decoded,
-    direct_up_to=lambda fmt: {4: 24, 6: 12, 8: AT_ONCE}[fmt.element.bits],
-)
+def _avx512(path: Path, products: Products, direct_up_to: dict[int, int]) -> Kernels:
+    return Kernels(
+        name=path.name,
+        rows=avx512.ROWS,
+        block_bytes=products.block_bytes,
+        decoded_bytes=4 * STRIP * products.steps,
+        direct=lambda decoder, rows: avx512.emit_direct(products, decoder, rows),
+        decode=lambda decoder: avx512.emit_decode(products, decoder),
+        decoded=lambda rows: avx512.emit_decoded(products, rows),
+        direct_up_to=direct_up_to,
+    )
+
+
+BF16 = _avx512(AVX512_BF16, avx512.BF16, {4: 24, 6: 12, 8: 6})
+VNNI = _avx512(AVX512_VNNI, avx512.VNNI, {4: 24, 6: 12, 8: AT_ONCE})
 
 
 def kernels_of(path: Path, kind: int) -> Kernels:
@@ -91,11 +89,11 @@ def _float32(path: Path, kind: int) -> Kernels:
         kind=kind,
         rows=4,
         block_bytes=float32.BLOCK_BYTES,
-        decoded_bytes=4 * STRIP * float32.BLOCK,
+        decoded_bytes=4 * STRIP * BLOCK,
         direct=None,
         decode=emit.decode,
         decoded=emit.decoded,
-        direct_up_to=lambda fmt: 0,
+        direct_up_to={},
     )
 
 
@@ -109,7 +107,7 @@ def multiply_strip(kernels: Kernels, fmt: BlockFormat) -> Any:
     """
     direct, decode, decoded = _intrinsics(kernels, fmt)
     most, block_bytes, tile_bytes = kernels.rows, kernels.block_bytes, STRIP + STRIP * fmt.block_bytes
-    direct_up_to = kernels.direct_up_to(fmt)
+    direct_up_to = kernels.direct_up_to.get(fmt.element.bits, 0)
 
     @native(7, f"{kernels.name} {kernels.kind} {fmt}")
     def multiply(tiles: int, blocks: int, table: int, rows: int, sums: int, values: int, scales: int) -> None:
