@@ -34,7 +34,7 @@ from mxperts.backend.cpu.memory import (
     take_next,
 )
 from mxperts.backend.cpu.routing import ACTIVE, NEXT1, NEXT2, PIECES1, PIECES2, local_expert, sort_pairs
-from mxperts.backend.cpu.rows import scratch_of
+from mxperts.backend.cpu.rows import scratch_of, sum_planes
 from mxperts.backend.cpu.strip import AT_ONCE, SCALES_BYTES
 
 FEW = 4
@@ -105,12 +105,10 @@ def _down(address: int, thread: int, threads: int) -> None:
                 for i in range(rows):
                     pair = long_at(c.order_at, row + i)
                     y = floats_at(c.y_at + 4 * STRIP * (pair * c.strips2 + strip), STRIP)
-                    parts = floats_at(sums + 4 * STRIP * c.planes * i, c.planes * STRIP)
+                    sum_planes(sums + 4 * STRIP * c.planes * i, c.planes)
+                    total = floats_at(sums + 4 * STRIP * c.planes * i, STRIP)
                     for column in range(STRIP):
-                        total = parts[column]
-                        for plane in range(1, c.planes):
-                            total += parts[plane * STRIP + column]
-                        y[column] = total
+                        y[column] = total[column]
 
 
 @jit

@@ -38,6 +38,16 @@ def scratch_of(c: Call, thread: int) -> Any:
 
 
 @jit
+def sum_planes(sums: int, planes: int) -> None:
+    """Add to a row's sums of a strip those of its other planes, which follow."""
+    total = floats_at(sums, STRIP)
+    for plane in range(1, planes):
+        part = floats_at(sums + 4 * STRIP * plane, STRIP)
+        for i in range(STRIP):
+            total[i] += part[i]
+
+
+@jit
 def _scale(c: Call, at: int, step: int, expert: int) -> Any:
     """A static scale."""
     return floats_at(at, c.experts)[expert * step] if at != 0 else np.float32(1)
@@ -102,11 +112,8 @@ def _pack_pair(address: int, row: int, expert: int, thread: int) -> None:
 def _finish(address: int, row: int, expert: int, strip: int, sums: int, small: int) -> None:
     """From one row's sums of a strip of gate and up to one or two blocks of the second input."""
     c, function = call_at(address), activation_at(address)
+    sum_planes(sums, c.planes)
     h = floats_at(sums, STRIP)
-    for plane in range(1, c.planes):
-        part = floats_at(sums + 4 * STRIP * plane, STRIP)
-        for i in range(STRIP):
-            h[i] += part[i]
     columns = STRIP // 2 if c.gated else STRIP
     first = strip * columns
     n = min(columns, c.intermediate - first)
