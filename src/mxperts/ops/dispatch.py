@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,9 +56,11 @@ class Backend:
 
     def load(self, op: str) -> Callable[..., Any]:
         """The backend's function of this name, such as that for an operation."""
-        package: ModuleType = importlib.import_module(self.module)
-        function: Callable[..., Any] = getattr(package, op)
+        function: Callable[..., Any] = getattr(_package(self.module), op)
         return function
+
+
+_package = lru_cache(importlib.import_module)
 
 
 def _cpu_refuses(problem: Problem) -> str | None:

@@ -24,7 +24,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 InputScale = float | Tensor
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)  # frozen, it would take longer to make than to check
 class ExpertsCall:
     """One call of ``fused_experts``, checked, as a backend gets it.
 
