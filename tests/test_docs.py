@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from mxperts.backend.cpu.decode import Integers
+from mxperts.backend.cpu.paths import PATHS
 from mxperts.formats import BLOCK_FORMATS, PRESETS, BlockFormat, Encoding, Recipe, Role
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("formats.md", "numerics.md")
+PAGES = ("formats.md", "numerics.md", "cpu.md")
 
 
 def read(page: str) -> str:
@@ -84,9 +86,31 @@ def presets_table() -> str:
     return table(["preset", "format", "weights", "activations"], rows)
 
 
-@pytest.mark.parametrize(("page", "expected"), [("formats.md", formats_table()), ("numerics.md", presets_table())])
+def paths_table() -> str:
+    rows = []
+    for path in PATHS:
+        takes = "8-bit integers" if path.integers else "everything"
+        rows.append([f"`{path.name}`", ", ".join(path.features) or "nothing", takes, path.summary])
+    return table(["path", "needs", "takes", "how"], rows)
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [("formats.md", formats_table()), ("numerics.md", presets_table()), ("cpu.md", paths_table())],
+)
 def test_tables_are_what_the_code_says(page: str, expected: str) -> None:
     assert expected in read(page), f"docs/{page} should contain:\n{expected}"
+
+
+def test_the_integer_formats_are_named() -> None:
+    names = [f"`{f.name}`" for f in BLOCK_FORMATS if Integers.of(f.element) is not None]
+    assert f"Elements of {', '.join(names[:-1])} and {names[-1]} are 8-bit integers" in read("cpu.md")
+
+
+def test_every_file_of_the_cpu_backend_is_in_its_map() -> None:
+    files = {f.name for f in (ROOT / "src/mxperts/backend/cpu").glob("[!_]*.py")}
+    (rows,) = re.findall(r"^\| file \| what \|\n(.*?)\n\n", read("cpu.md"), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+\.py)`", rows)) == files
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)

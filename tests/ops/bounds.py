@@ -5,9 +5,9 @@ sizes of the exact one, n being the most roundings that a term goes through; no 
 (Higham, Accuracy and Stability of Numerical Algorithms, 4.2). Where every partial sum in any order fits into 24 bits,
 there is no error at all.
 
-Within a layer the bound is carried along. Where a number is rounded to bf16 or float16, both ends of its interval must
-give the same: if they do not, a float32 sum may come out on either side, and nothing is said of that token. Most are
-settled; tests assert that.
+Within a layer every number has an interval, which is carried along. Where both its ends round to the same bf16 or
+float16 the number is known; where they do not, a float32 sum may come out on either side. Only of a token for which it
+is open what scale a block of its activations gets nothing is said.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dense
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,6 +57,30 @@ def roundings(paths: Sequence[str], k: int, dtype: torch.dtype, activation: str 
 FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8")
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Numbers that are known up to an error."""
+
+    mid: np.ndarray
+    error: np.ndarray
+
+    @staticmethod
+    def known(x: np.ndarray) -> Interval:
+        return Interval(x, np.zeros_like(x))
+
+    @staticmethod
+    def between(low: np.ndarray, high: np.ndarray) -> Interval:
+        return Interval((low + high) / 2, (high - low) / 2)
+
+    def rounded(self, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Both ends in a dtype."""
+        return dense.cast(self.mid - self.error, dtype), dense.cast(self.mid + self.error, dtype)
+
+    def settle(self, dtype: torch.dtype) -> Interval:
+        """The numbers rounded to a dtype; float32 sums are float32 already."""
+        return self if dtype is torch.float32 else Interval.between(*self.rounded(dtype))
+
+
 def lowest_bit(x: np.ndarray) -> np.ndarray:
     """The value of the lowest bit that is set; Inf of 0."""
     mantissa, exponent = np.frexp(x)
@@ -74,17 +99,19 @@ def rounding_error(size: np.ndarray, lowest: np.ndarray, n: int) -> np.ndarray:
     return np.where(size <= lowest / UNIT, 0.0, (gamma(n) + 2.0**-40) * size + (n + 1) * SMALLEST)
 
 
-def product(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """``x`` [..., K] times ``w`` [N, K] plus ``bias`` [N], float64, and the most by which a float32 sum is wrong.
+def product(x: Interval, w: np.ndarray, bias: np.ndarray | None, n: int) -> Interval:
+    """``x`` [..., K] times ``w`` [N, K] plus ``bias`` [N], as float32 sums may give it.
 
     Args:
         n: roundings of the sum; that of the bias comes on top.
     """
-    y, size = x @ w.T, np.abs(x) @ np.abs(w).T
-    lowest = lowest_bit(x).min(-1)[..., None] * lowest_bit(w).min(-1)
+    y, spread = x.mid @ w.T, x.error @ np.abs(w).T
+    size = np.abs(x.mid) @ np.abs(w).T + spread
+    lowest = lowest_bit(x.mid).min(-1)[..., None] * lowest_bit(w).min(-1)
     if bias is not None:
         y, size, lowest = y + bias, size + np.abs(bias), np.minimum(lowest, lowest_bit(bias))
-    return y, rounding_error(size, lowest, n + (bias is not None))
+    lowest = np.where(spread > 0, 0.0, lowest)
+    return Interval(y, spread + rounding_error(size, lowest, n + (bias is not None)))
 
 
 def flushed(w: np.ndarray, scales: np.ndarray, parts: int) -> np.ndarray:
@@ -96,25 +123,6 @@ def flushed(w: np.ndarray, scales: np.ndarray, parts: int) -> np.ndarray:
     """
     per_block = 32 * np.ldexp(1.0, scales.astype(int) - 127)
     return parts * 2.0**-126 * (np.abs(w).sum(-1) + per_block.sum(-1))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Numbers that are known up to an error."""
-
-    mid: np.ndarray
-    error: np.ndarray
-
-    def rounded(self, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-        return dense.cast(self.mid - self.error, dtype), dense.cast(self.mid + self.error, dtype)
-
-
-def settle(x: Interval, dtype: torch.dtype) -> Interval | None:
-    """``x`` rounded to a dtype; None if it is open to what. float32 sums are float32 already."""
-    if dtype is torch.float32:
-        return x
-    low, high = x.rounded(dtype)
-    return Interval(low, np.zeros_like(low)) if np.array_equal(low, high) else None
 
 
 def activate(h: Interval, name: str, interleaved: bool, constants: dict[str, float]) -> Interval:
@@ -141,21 +149,30 @@ def activate(h: Interval, name: str, interleaved: bool, constants: dict[str, flo
 
 
 def quantize(a: Interval, fmt: str | None, dtype: torch.dtype, scale: float | None) -> Interval | None:
-    """The input of the second projection; None if it is open what a number is quantised to."""
+    """The input of the second projection; None if it is open what scale a block gets."""
     if fmt is None:
         return a
-    if not a.error.any():
-        return Interval(dense.qdq(a.mid, fmt, dtype, scale), a.error)
-    sign = np.where(a.mid < 0, -1.0, 1.0)
-    ends = [sign * np.maximum(np.abs(a.mid) + step * a.error, 0) for step in (-1, 1)]
-    if not fmt.startswith("fp8"):
-        codes = [mx.quantize(torch.from_numpy(e).float(), fmt, role="activation", backend="reference") for e in ends]
-        same = torch.equal(codes[0].packed, codes[1].packed) and torch.equal(codes[0].scales, codes[1].scales)
-        return Interval(dense.qdq(ends[0], fmt, dtype, scale), np.zeros_like(a.mid)) if same else None
-    if fmt == "fp8_dynamic":
-        return None
-    low, high = (dense.qdq(e, fmt, dtype, scale) for e in ends)
-    return Interval(low, np.zeros_like(low)) if np.array_equal(low, high) else None
+    low, high = a.rounded(dtype)
+    least = dense.cast(np.maximum(np.abs(a.mid) - a.error, 0), dtype)
+    most = np.maximum(np.abs(low), np.abs(high))
+    if fmt == "fp8_dynamic" and least.max() < most.max():
+        scales = [np.float32(end.max()) / np.float32(448) for end in (least, most)]
+        if not scales[0]:
+            return None
+        ends = ((low, low < 0), (high, high > 0))  # over the smaller and times the larger scale: further from zero
+        scaled = [scaled_e4m3(x, np.where(away, *scales), np.where(away, *scales[::-1])) for x, away in ends]
+        return Interval.between(*(dense.cast(x, dtype) for x in scaled))
+    if not fmt.startswith("fp8"):  # a larger block has no smaller scale
+        bytes_ = [mx.quantize(torch.from_numpy(e).to(dtype), fmt, role="activation").scales for e in (least, most)]
+        if not torch.equal(*bytes_):
+            return None
+    return Interval.between(*(dense.qdq(end, fmt, dtype, scale) for end in (low, high)))
+
+
+def scaled_e4m3(x: np.ndarray, over: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """``x`` over a scale, rounded to E4M3, times another one, in float32."""
+    q = np.clip(x.astype(np.float32) / over, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return (q * times).astype(np.float64)
 
 
 def experts(
@@ -175,7 +192,7 @@ def experts(
     input_scales: tuple[list[float], list[float]] | None = None,
     router_weight_on_input: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lowest and highest result of ``fused_experts`` that float32 sums may give, and which tokens are settled.
+    """Lowest and highest result of ``fused_experts`` that float32 sums may give, and for which tokens.
 
     Args:
         top_k_index: local ids or -1.
@@ -196,18 +213,17 @@ def experts(
             into = token
             if router_weight_on_input:
                 into, w = dense.cast((token.astype(np.float32) * np.float32(w)).astype(np.float64), dtype), 1.0
-            h = settle(Interval(*product(dense.qdq(into, fmt, dtype, s1), gate_up[e], b1, n1)), dtype)
-            a = h and settle(activate(h, activation, interleaved, constants or {}), dtype)
-            inner = a and quantize(a, fmt, dtype, s2)
+            h = product(Interval.known(dense.qdq(into, fmt, dtype, s1)), gate_up[e], b1, n1).settle(dtype)
+            a = activate(h, activation, interleaved, constants or {}).settle(dtype)
+            inner = quantize(a, fmt, dtype, s2)
             if inner is None:
                 settled[t] = False
                 break
-            y, error = product(inner.mid, down[e], b2, n2)
-            error = error + (1 + gamma(n2 + 1)) * (inner.error @ np.abs(down[e]).T)
-            parts.append(y * w)
-            errors.append(abs(w) * error)
-            sizes.append(abs(w) * (np.abs(y) + error))
-            lowest.append(np.where(error > 0, 0.0, lowest_bit(np.abs(y * w))))
+            y = product(inner, down[e], b2, n2)
+            parts.append(y.mid * w)
+            errors.append(abs(w) * y.error)
+            sizes.append(abs(w) * (np.abs(y.mid) + y.error))
+            lowest.append(np.where(y.error > 0, 0.0, lowest_bit(y.mid * w)))
         if parts and settled[t]:
             error = np.sum(errors, 0) + rounding_error(np.sum(sizes, 0), np.min(lowest, 0), len(parts) + 1)
             lows[t], highs[t] = Interval(np.sum(parts, 0), error).rounded(dtype)
@@ -215,7 +231,7 @@ def experts(
 
 
 def assert_within(actual: Tensor, bounds: tuple[np.ndarray, np.ndarray, np.ndarray], about: Any = "") -> None:
-    """Every number of a settled token lies between its bounds."""
+    """Every number of a token that has bounds lies between them."""
     low, high, settled = bounds
     values = actual.double().numpy()
     wrong = ~((low <= values) & (values <= high)) & settled[:, None]

@@ -84,7 +84,7 @@ def product(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None) -> tuple[np.n
 
 
 def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
+    return 1 / (1 + math.exp(min(-x, 709.0)))  # beyond it exp is no float64
 
 
 def silu(x: float) -> float:

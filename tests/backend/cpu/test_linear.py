@@ -60,10 +60,9 @@ def exact(
     rows = np.array([dense.qdq(token, activation, x.dtype, scale) for token in x.double().numpy()])
     values = dense.decode(w, x.dtype)
     n = bounds.roundings([path], x.shape[-1], x.dtype, activation)
-    y, error = bounds.product(rows, values, None if bias is None else bias.double().numpy(), n)
-    if path == "avx512_bf16":
-        error = error + bounds.flushed(values, w.scales.numpy(), 3)
-    return y, error
+    y = bounds.product(bounds.Interval.known(rows), values, None if bias is None else bias.double().numpy(), n)
+    flushed = bounds.flushed(values, w.scales.numpy(), 3) if path == "avx512_bf16" else 0.0
+    return y.mid, y.error + flushed
 
 
 def careful(w: mx.MXTensor, dtype: torch.dtype) -> bool:
