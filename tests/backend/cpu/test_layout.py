@@ -270,19 +270,21 @@ def test_memory_that_is_used_again_is_not_taken_for_what_it_was() -> None:
 
 
 def test_freed_memory_of_a_storage_that_lives_on_is_not_taken_for_what_it_was() -> None:
-    for seed in range(10):
-        olds = [mx.MXTensor(w.packed.clone(), w.scales.clone(), w.format, w.k) for w in weights("mxfp4", seed=seed)]
-        call(*olds)
-        places = {t.data_ptr() for w in olds for t in (w.packed, w.scales)}
-        for w in olds:
-            w.packed.untyped_storage().resize_(0)
-            w.scales.untyped_storage().resize_(0)
-        news = weights("mxfp4", seed=100 + seed)
-        found = call(*news)
-        assert torch.equal(found, call(mx.prepare(*news, backend="cpu"), None))
-        if places & {t.data_ptr() for w in news for t in (w.packed, w.scales)}:
-            return
-    pytest.skip("the memory was not used again")
+    x, met = torch.randn(2, 64), 0
+    for seed in range(50):
+        old, new = (
+            mx.quantize(torch.randn(64, 64, generator=torch.Generator().manual_seed(s)), "mxfp4") for s in (seed, 99)
+        )
+        old = mx.MXTensor(old.packed.clone(), old.scales.clone(), old.format, 64)
+        mx.mx_linear(x, old, backend="cpu")
+        places = [t.data_ptr() for t in (old.packed, old.scales)]
+        for t in (old.packed, old.scales):
+            t.untyped_storage().resize_(0)
+        again = mx.MXTensor(new.packed.clone(), new.scales.clone(), new.format, 64)
+        met += places == [t.data_ptr() for t in (again.packed, again.scales)]
+        assert torch.equal(mx.mx_linear(x, again, backend="cpu"), mx.mx_linear(x, new, backend="cpu"))
+    if not met:
+        pytest.skip("the memory was not used again")
 
 
 def test_formats_and_shapes_of_the_same_bytes_are_kept_apart() -> None:

@@ -39,8 +39,7 @@ def kernel(tag: str = "", *, parallel: bool = True) -> Callable[[Function], Func
 
     def compile_on_demand(function: Function) -> Function:
         dispatcher = numba.njit(nogil=True, parallel=parallel, error_model="numpy")(function)
-        if cache_folder() is not None:
-            dispatcher._cache = _Cache(function, tag)
+        dispatcher._cache = _cache(function, tag)
         compiled: Function = dispatcher
         return compiled
 
@@ -61,8 +60,7 @@ def native(arguments: int, tag: str) -> Callable[[Callable[..., None]], Any]:
         signature = numba.types.void(*[numba.types.int64] * arguments)
         options = {"nogil": True, "error_model": "numpy"}
         compiled: Any = CFunc(function, (signature.args, signature.return_type), locals={}, options=options)
-        if cache_folder() is not None:
-            compiled._cache = _Cache(function, tag)
+        compiled._cache = _cache(function, tag)
         compiled.compile()
         return compiled
 
@@ -111,13 +109,13 @@ def _reentrant() -> bool:
 @lru_cache
 def cache_folder() -> Path | None:
     """Where machine code is kept, one folder for each state of this package's sources; None if it cannot be written."""
-    folder = _user_cache() / "mxperts" / "cpu" / source_stamp()
     try:
+        folder = _user_cache() / "mxperts" / "cpu" / source_stamp()
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}-{threading.get_ident()}"
         probe.touch()
         probe.unlink()
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where the user has no home
         return None
     return folder
 
@@ -149,7 +147,7 @@ def source_stamp() -> str:
 def _announce() -> None:
     folder = cache_folder()
     kept = f"kept in {folder}" if folder else "not kept: the user's cache folder cannot be written"
-    logger.warning("mxperts: compiling CPU kernels for this machine, some seconds, once (%s)", kept)
+    logger.warning("mxperts: compiling CPU kernels for this machine, 10 to 20 seconds, once (%s)", kept)
 
 
 class _Locator(caching._CacheLocator):  # type: ignore[misc]
@@ -204,3 +202,14 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
             super().save_overload(sig, data)
         except OSError as error:
             logger.warning("mxperts: compiled kernels cannot be kept in %s (%s)", cache_folder(), error)
+
+
+class _NoCache(caching.NullCache):  # type: ignore[misc]
+    """Where machine code cannot be kept, all of it is compiled anew."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> None:
+        _announce()
+
+
+def _cache(function: Any, tag: str) -> Any:
+    return _NoCache() if cache_folder() is None else _Cache(function, tag)
