@@ -121,12 +121,21 @@ def of_linear(weight: Sequence[Tensor], shape: Projection) -> tuple[Tensor, ...]
 
 
 def _once(tensors: Sequence[Tensor], shape: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    if any(t.is_inference() for t in tensors):
+        return make()  # nothing tells that such a tensor was changed
     key = (shape, *((t.data_ptr(), t.shape, t.stride()) for t in tensors))
-    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    versions = tuple(t._version for t in tensors)
     found = _kept.get(key)
-    if found is not None and found.versions == versions and all(s() is not None for s in found.storages):
-        return found.tensors
+    if found is not None and found.versions == versions:
+        storages = [storage() for storage in found.storages]
+        # A storage can outlive its memory, which may then hold another tensor.
+        if all(
+            s is not None and s.data_ptr() == t.untyped_storage().data_ptr()
+            for s, t in zip(storages, tensors, strict=True)
+        ):
+            return found.tensors
     made = make()
-    storages = tuple(weakref.ref(t.untyped_storage(), lambda _: _kept.pop(key, None)) for t in tensors)
-    _kept[key] = _Kept(storages, versions, made)
+    _kept[key] = _Kept(
+        tuple(weakref.ref(t.untyped_storage(), lambda _: _kept.pop(key, None)) for t in tensors), versions, made
+    )
     return made
