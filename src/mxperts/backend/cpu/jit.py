@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -199,7 +200,11 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
-            super().save_overload(sig, data)
+            try:
+                super().save_overload(sig, data)
+            except (EOFError, ValueError, pickle.UnpicklingError):  # the list of what is kept is damaged
+                self._cache_file.flush()
+                super().save_overload(sig, data)
         except OSError as error:
             logger.warning("mxperts: compiled kernels cannot be kept in %s (%s)", cache_folder(), error)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import llvmlite.binding as llvm
+import numba
 
 from mxperts.backend.cpu.decode import Integers
 from mxperts.errors import ArgumentError, BackendUnavailable
@@ -67,7 +68,10 @@ PATHS = (AVX512_VNNI, AVX512_BF16, AVX2, PORTABLE)
 
 @lru_cache
 def cpu_features() -> frozenset[str]:
-    """What this CPU has, in LLVM's names."""
+    """What this CPU has, or what Numba is told to compile for, in LLVM's names."""
+    if numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None:
+        told = (numba.config.CPU_FEATURES or "").split(",")
+        return frozenset(feature[1:] for feature in told if feature.startswith("+"))
     try:
         return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
     except RuntimeError:  # LLVM does not know this CPU
