@@ -46,6 +46,7 @@ class Wrapped(Tensor):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning")
 def test_what_watches() -> None:
     x = torch.ones(2)
     assert is_eager()
