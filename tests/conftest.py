@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+# The same examples in every run; --hypothesis-profile=default draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # Tensors here are small, and test processes run side by side: threads would only wait for each other.
 torch.set_num_threads(1)

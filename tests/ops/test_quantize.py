@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from integer_formulas import quantize as quantize_in_integers
 from torch import Tensor
@@ -555,6 +555,13 @@ roundings = st.sampled_from(DETERMINISTIC)
 def test_quantising_again_changes_nothing(
     x: Tensor, fmt: BlockFormat, rule: ScaleRule, rounding: Rounding, zero: SignedZero
 ) -> None:
+    """But for E4M3 with ``even`` and a rounding that takes ties down.
+
+    An amax of 1.9375 then gets the scale of 2, with which it is 1.875, whose own scale is half as large and takes no
+    number above 1.75.
+    """
+    down = (Rounding.TOWARD_ZERO, Rounding.HALF_TOWARD_ZERO)
+    assume(not (fmt == E4M3 and rule is ScaleRule.EVEN and rounding in down))
     once = mx.fake_quantize(x, fmt, scale_rule=rule, rounding=rounding, signed_zero=zero)
     twice = mx.fake_quantize(once, fmt, scale_rule=rule, rounding=rounding, signed_zero=zero)
     assert torch.equal(once, twice)

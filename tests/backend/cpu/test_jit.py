@@ -191,7 +191,7 @@ from mxperts.backend.cpu.jit import threading_layer
 
 torch.set_num_threads(THREADS)
 g = torch.Generator().manual_seed(0)
-w = mx.quantize(torch.randint(-1, 2, (70, 40), generator=g) / 8, "mxfp4")
+w = mx.quantize(torch.randint(-1, 2, (70, 40), generator=g) / 8, "mxfp4", backend="reference")
 x = torch.randint(-3, 4, (4, 30, 40), generator=g).bfloat16()
 results = [None] * 4
 
@@ -211,7 +211,7 @@ print(json.dumps({"same": same, "threads": torch.get_num_threads(), "pool": thre
 
 
 def test_a_second_process_compiles_nothing(tmp_path: Path, in_new_process: Callable[..., Any]) -> None:
-    """The first calls of a process, by four threads at once; then the same, and with Numba's own thread pool."""
+    """The first calls of a process, by four threads at once; then the same with Numba's own thread pool."""
     cache, script = tmp_path / "cache", PROCESS.replace("THREADS", "2")
     found, warnings = in_new_process(script, XDG_CACHE_HOME=cache)
     assert (found["same"], found["threads"]) == (True, 2)
@@ -219,9 +219,9 @@ def test_a_second_process_compiles_nothing(tmp_path: Path, in_new_process: Calla
     assert SAID in warnings[0]
     files = sorted(cache.rglob("*"))
     assert any(file.suffix == ".nbc" for file in files)
-    for variables in ({}, {"NUMBA_THREADING_LAYER": "workqueue"}, {"OMP_NUM_THREADS": "3"}):
-        found, warnings = in_new_process(script, XDG_CACHE_HOME=cache, **variables)
-        assert (found["same"], found["threads"]) == (True, 2)
-        assert found["pool"] == variables.get("NUMBA_THREADING_LAYER", found["pool"])
-        assert not warnings
-        assert sorted(cache.rglob("*")) == files
+    found, warnings = in_new_process(
+        script, XDG_CACHE_HOME=cache, NUMBA_THREADING_LAYER="workqueue", OMP_NUM_THREADS="3"
+    )
+    assert found == {"same": True, "threads": 2, "pool": "workqueue"}
+    assert not warnings
+    assert sorted(cache.rglob("*")) == files

@@ -197,7 +197,11 @@ def tokens_of_any_size(dtype: torch.dtype, k: int = 96) -> Tensor:
     x[12] = 0
     x[12, 95] = -torch.inf
     x[13] = 1.0  # nothing is left for the second and third parts
-    return x.to(dtype)
+    x = x.to(dtype)
+    x[14, 7] = torch.tensor(limits.max * 2).to(dtype)  # Inf
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
+    x.view(bits)[14, 7] += 1  # a NaN with only its lowest bit
+    return x
 
 
 @pytest.mark.usefixtures("forced")
