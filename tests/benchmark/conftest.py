@@ -44,15 +44,15 @@ class Huge(Broken):
 @pytest.fixture(autouse=True)
 def small_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests do not care how fast the machine is."""
-    monkeypatch.setattr("mxperts.benchmark.layer.Matmul", lambda: Matmul(size=64))
+    monkeypatch.setattr("mxperts.benchmark.device.host.Matmul", lambda: Matmul(size=64))
 
 
 @pytest.fixture(scope="session")
 def rows() -> list[LayerRow]:
     """A benchmark of two problems with a baseline, the reference, one wrong contender and one without room."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxperts.benchmark.layer.Matmul", lambda: Matmul(size=64))
-        patch.setattr("mxperts.benchmark.layer.available_memory", lambda: 1 << 30)
+        patch.setattr("mxperts.benchmark.device.host.Matmul", lambda: Matmul(size=64))
+        patch.setattr("mxperts.benchmark.device.host.available_memory", lambda: 1 << 30)
         contenders = [*choose(["reference"], []), Broken(), Huge()]
         shape, scheme = parse_shape("4,2,64,32"), Scheme("w_mxfp4")
         return [

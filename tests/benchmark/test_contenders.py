@@ -62,6 +62,16 @@ def test_what_takes_part_begins_with_the_baseline():
     assert [c.name for c in choose(["reference"], ["installed"])][2:] == list(PEERS)
 
 
+@torch.no_grad()
+def test_a_backend_can_be_timed_on_weights_as_they_are_stored():
+    inputs = inputs_of(copies=1)
+    contender, prepared = choose(["cpu:canonical", "cpu"], [], baseline=False)
+    assert (contender.name, prepared.name) == ("mxperts cpu canonical", "mxperts cpu")
+    assert contender.memory(inputs.problem, 1) == 0
+    result = contender.load(inputs.problem, inputs.layers)(inputs)(0)
+    assert Reference(inputs).error(result, None) <= contender.limit
+
+
 def test_backends_by_default_are_those_built_for_speed(monkeypatch):
     def backend(name, why_not=None):
         return dispatch.Backend(name=name, module="none", refuses=lambda problem: why_not, summary="")

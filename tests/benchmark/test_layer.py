@@ -63,6 +63,7 @@ def test_copies_exceed_the_cache(rows):
 def test_records_are_flat_and_have_the_same_keys(rows):
     records = [row.record() for row in rows]
     assert len({tuple(record) for record in records}) == 1
+    assert list(records[0])[-1] == "speedup"  # a processor has nothing to add
     assert all(v is None or isinstance(v, str | int | float) for record in records for v in record.values())
     first = records[0]
     assert (first["experts"], first["top_k"], first["hidden"], first["intermediate"]) == (4, 2, 64, 32)
@@ -73,7 +74,7 @@ def test_records_are_flat_and_have_the_same_keys(rows):
 
 
 def test_weights_without_room_are_refused(monkeypatch):
-    monkeypatch.setattr("mxperts.benchmark.layer.available_memory", lambda: 1000)
+    monkeypatch.setattr("mxperts.benchmark.device.host.available_memory", lambda: 1000)
     with pytest.raises(ArgumentError, match="take a smaller shape"):
         list(
             bench_layer([parse_shape("4,2,64,32")], [Scheme("w_mxfp4")], [1], choose(["reference"], []), cache=1 << 14)

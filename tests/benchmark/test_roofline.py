@@ -29,14 +29,14 @@ def test_the_bound_is_the_larger_of_both(bytes_, flops, seconds):
 
 def test_stream_reads_more_than_the_cache():
     stream = Stream(cache=1 << 18)
-    assert stream.nbytes == STREAM_FACTOR << 18
+    assert stream.amount == STREAM_FACTOR << 18
     stream()
 
 
 def test_matmul_counts_its_operations():
     matmul = Matmul(size=16)
     matmul()
-    assert matmul.flops == 2 * 16**3
+    assert matmul.amount == 2 * 16**3
 
 
 def test_the_machine_is_described_where_the_system_tells():

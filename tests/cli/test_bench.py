@@ -3,6 +3,7 @@ import io
 import json
 
 import pytest
+import torch
 
 from mxperts.benchmark.model import write_random_model
 from mxperts.benchmark.roofline import Matmul
@@ -16,8 +17,8 @@ LAYER += ["--rounds", "1", "--time-budget", "0.2"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("mxperts.benchmark.layer.Matmul", lambda: Matmul(size=64))
-    monkeypatch.setattr("mxperts.benchmark.layer.last_level_cache", lambda: 1 << 12)
+    monkeypatch.setattr("mxperts.benchmark.device.host.Matmul", lambda: Matmul(size=64))
+    monkeypatch.setattr("mxperts.benchmark.device.host.last_level_cache", lambda: 1 << 12)
 
 
 def test_layer_prints_markdown_into_a_pipe(runner):
@@ -76,7 +77,9 @@ def test_a_wrong_contender_ends_in_an_error(runner, monkeypatch):
         (["--schemes", "none"], "unquantised"),
         (["--peers", "vlm-cpu"], "vllm-cpu"),
         (["--backends", "cpus"], "unknown backend"),
-        (["--device", "tpu"], "'cpu'"),
+        (["--device", "tpu"], "'cpu' and 'cuda'"),
+        (["--device", "cuda:x"], "'cuda:x' is not there"),
+        (["--peers", "humming"], "does not run on 'cpu'"),
     ],
 )
 def test_what_cannot_be_run_is_one_message(runner, arguments, message):
@@ -84,6 +87,14 @@ def test_what_cannot_be_run_is_one_message(runner, arguments, message):
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert message in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["layer", "model"])
+def test_a_missing_device_is_one_message(runner, command):
+    result = runner.invoke(app, ["bench", command, "--device", "cuda"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: device 'cuda' is not there")
 
 
 def test_tokens_are_numbers(runner):
@@ -149,6 +160,7 @@ def test_random_models_are_written_run_and_removed(runner, monkeypatch, tmp_path
         (["shipped", "--random", "gpt-oss-20b"], 2, "takes the place of a model"),
         (["--pp", "x"], 1, "no number of tokens"),
         (["--peers", "llama.c"], 1, "unknown peer"),
+        (["--device", "tpu"], 1, "run on 'cpu' in this version"),
     ],
 )
 def test_models_that_cannot_be_run_are_one_message(runner, arguments, code, message):

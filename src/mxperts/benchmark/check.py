@@ -10,21 +10,24 @@ from mxperts.formats import FP8_STATIC, Activation
 from mxperts.ops.experts import fused_experts
 
 MAX_TOKENS = 4
-MAX_WEIGHTS = 300_000_000
-"""Weights that the reference, which takes its time, multiplies with at most, but one token."""
+"""Most tokens that are checked."""
 
 
 class Reference:
     """What call 0 of a problem's inputs must give for some of its tokens, by activation format.
 
     The reference computes a token alone as it does among others, so the contender runs the whole call.
+
+    Args:
+        inputs: of the problem.
+        max_weights: weights that the reference, which takes its time, is to multiply with at most, but one token.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, max_weights: int = 300_000_000) -> None:
         self._inputs = inputs
-        shape = inputs.problem.shape
-        count = min(inputs.problem.tokens, MAX_TOKENS, max(1, MAX_WEIGHTS // (shape.top_k * shape.values)))
-        self.tokens = torch.linspace(0, inputs.problem.tokens - 1, count).round().long()
+        problem, shape = inputs.problem, inputs.problem.shape
+        count = min(problem.tokens, MAX_TOKENS, max(1, max_weights // (shape.top_k * shape.values)))
+        self.tokens = torch.linspace(0, problem.tokens - 1, count).round().long().to(problem.device)
         self._results: dict[str, Tensor] = {}
 
     def error(self, result: Tensor, activation: Activation) -> float:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mxperts.benchmark.problem import ROUTINGS, Problem
+from mxperts.benchmark.problem import ROUTINGS, Problem, Shape
 from mxperts.formats import FP8_STATIC, MXFP4, BlockFormat
 from mxperts.ops.quantize import quantize
 from mxperts.tensor import MXTensor
@@ -57,7 +57,7 @@ class Inputs:
     Attributes:
         problem: what they were made for.
         layers: copies of the layer, each with weights of its own; a call takes them in turn.
-        calls: ``ROUTINGS`` of them; a call takes them in turn.
+        calls: different ones; a call takes them in turn.
     """
 
     problem: Problem
@@ -78,25 +78,56 @@ class Inputs:
         return STATIC_INPUT_SCALES if self.problem.scheme.activation == FP8_STATIC else None
 
 
-def make_inputs(problem: Problem, copies: int = 1, layers: tuple[Weights, ...] | None = None) -> Inputs:
-    """Random inputs of a problem, the same for the same seed.
+def make_inputs(
+    problem: Problem,
+    copies: int = 1,
+    layers: tuple[Weights, ...] | None = None,
+    *,
+    routings: int = ROUTINGS,
+    disjoint: bool = False,
+) -> Inputs:
+    """Random inputs of a problem, the same for the same seed and device.
 
     Args:
         problem: what for.
         copies: layers to make.
         layers: take these instead, which were made for the same shape and weight format.
+        routings: calls to make, each with a routing and hidden states of its own.
+        disjoint: whether calls of one token are to hit different experts, as long as there are any left.
     """
-    generator = torch.Generator().manual_seed(problem.seed)
     if layers is None:
-        layers = tuple(make_weights(problem, generator) for _ in range(copies))
-    shape, tokens = problem.shape, problem.tokens
+        layers = make_layers(problem, copies)
+    generator = torch.Generator().manual_seed(problem.seed)
+    shape, tokens, device = problem.shape, problem.tokens, problem.device
+    sets = _disjoint(shape, routings, generator) if disjoint and tokens == 1 else []
     calls = []
-    for _ in range(ROUTINGS):
+    for i in range(routings):
         x = torch.randn(tokens, shape.hidden, generator=generator).to(problem.dtype)
-        ids = torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k, dim=-1).indices
+        ids = sets[i] if sets else torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k).indices
         weights = torch.randn(tokens, shape.top_k, generator=generator).softmax(dim=-1)
-        calls.append(Call(hidden_states=x, top_k_index=ids.contiguous(), top_k_weights=weights))
+        calls.append(
+            Call(
+                hidden_states=x.to(device),
+                top_k_index=ids.contiguous().to(device),
+                top_k_weights=weights.to(device),
+            )
+        )
     return Inputs(problem=problem, layers=layers, calls=tuple(calls))
+
+
+def _disjoint(shape: Shape, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Expert ids [1, k] of so many tokens; no expert twice before every one that fits in has been taken."""
+    sets: list[Tensor] = []
+    while len(sets) < count:
+        order = torch.randperm(shape.experts, generator=generator)
+        sets += order[: shape.experts // shape.top_k * shape.top_k].view(-1, 1, shape.top_k).unbind()
+    return sets[:count]
+
+
+def make_layers(problem: Problem, copies: int) -> tuple[Weights, ...]:
+    """Copies of the layer on the problem's device, each with random weights of its own."""
+    generator = torch.Generator(problem.device).manual_seed(problem.seed)
+    return tuple(make_weights(problem, generator) for _ in range(copies))
 
 
 def make_weights(problem: Problem, generator: torch.Generator) -> Weights:
@@ -112,14 +143,15 @@ def make_weights(problem: Problem, generator: torch.Generator) -> Weights:
 def random_weight(shape: tuple[int, int, int], fmt: BlockFormat, generator: torch.Generator) -> MXTensor:
     """A weight [E, N, K] whose codes are those of normally distributed blocks and whose scales are random.
 
-    Only bytes are made: blocks are drawn from a pool of quantised ones, one expert at a time.
+    Only bytes are made, on the generator's device: blocks are drawn from a pool of quantised ones, one expert at a
+    time.
     """
     experts, rows, k = shape
-    blocks = fmt.blocks(k)
-    pool = _pool(fmt)
-    packed = torch.empty(experts, rows, fmt.packed_size(k), dtype=torch.uint8)
+    blocks, device = fmt.blocks(k), generator.device
+    pool = _pool(fmt).to(device)
+    packed = torch.empty(experts, rows, fmt.packed_size(k), dtype=torch.uint8, device=device)
     for expert in packed:
-        index = torch.randint(POOL_BLOCKS, (rows, blocks), generator=generator)
+        index = torch.randint(POOL_BLOCKS, (rows, blocks), generator=generator, device=device)
         expert.copy_(pool[index].flatten(-2))
     if padding := blocks * fmt.block_size - k:
         _clear_padding(packed, padding, fmt)
@@ -130,6 +162,7 @@ def random_weight(shape: tuple[int, int, int], fmt: BlockFormat, generator: torc
         (experts, rows, blocks),
         dtype=torch.uint8,
         generator=generator,
+        device=device,
     )
     return MXTensor(packed, scales, fmt, k)
 

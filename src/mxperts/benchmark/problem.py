@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ ROUTINGS = 16
 """Routings that are cycled through, each with hidden states of its own, so that calls read other experts."""
 MAX_COPIES = 64
 """Most copies of a layer's weights."""
+DEVICES = ("cpu", "cuda")
+"""Kinds of devices that layers are timed on."""
 ACTIVATIONS = ("silu", "swigluoai")
 """Activation functions of the models that are named here; all contenders know both or say that they do not."""
 
@@ -84,7 +87,7 @@ class Problem:
         activation: the activation function, one of ``ACTIVATIONS``.
         dtype: of hidden states.
         seed: of everything random.
-        device: where it runs; only "cpu" so far.
+        device: where it runs: "cpu" or "cuda".
 
     Raises:
         ArgumentError: something that no contender could run.
@@ -126,17 +129,24 @@ class Problem:
         return f"{self.shape.name}, {self.tokens} token{'s' * (self.tokens > 1)}, {self.scheme}"
 
 
-def check_device(device: str) -> None:
+def check_device(device: str, known: Sequence[str] = DEVICES) -> None:
     """Refuse devices that benchmarks do not run on.
+
+    Args:
+        device: such as "cpu", "cuda" or "cuda:1".
+        known: kinds of devices that the benchmark at hand runs on.
 
     Raises:
         ArgumentError: the device is not there, or this version cannot time on it.
     """
-    kind = device.partition(":")[0]
+    kind, _, index = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device {device!r} is not there: PyTorch {torch.__version__} sees no CUDA device")
-    if kind != "cpu":
-        raise ArgumentError(f"benchmarks run on 'cpu' in this version, not on {device!r}")
+    if kind not in known or (index and kind != "cuda"):
+        kinds = " and ".join(f"'{kind}'" for kind in known)
+        raise ArgumentError(f"these benchmarks run on {kinds} in this version, not on {device!r}")
+    if index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+        raise ArgumentError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
 
 
 def copies_needed(layer_bytes: int, cache_bytes: int, factor: int = 8) -> int:

@@ -22,6 +22,11 @@ NOTE = (
     "relative rms against the reference."
 )
 
+REPLAY_NOTE = (
+    "Calls of different routings are recorded one after another in a CUDA graph: n counts replays, ms is the mean of a "
+    "replay's calls."
+)
+
 
 def table(rows: Sequence[LayerRow]) -> tuple[list[str], list[list[str]], str]:
     """Header, rows of text, and what to print below."""
@@ -29,11 +34,19 @@ def table(rows: Sequence[LayerRow]) -> tuple[list[str], list[list[str]], str]:
     notes = [NOTE]
     if measured:
         stream, matmul = _range(m.stream_gb_s for m in measured), _range(m.matmul_gflop_s for m in measured)
-        notes.append(f"This machine, on {rows[0].threads} threads: reads {stream} GB/s, multiplies {matmul} GFLOP/s.")
-    remarks = dict.fromkeys(f"{row.contender}: {row.status}: {row.note}" for row in rows if row.status is not Status.OK)
+        where = f"on {rows[0].threads} threads"
+        if (device := rows[0].problem.device) != "cpu":
+            where = f"on {device}"
+            notes.append(REPLAY_NOTE)
+        notes.append(f"This machine, {where}: reads {stream} GB/s, multiplies {matmul} GFLOP/s.")
+    remarks = dict.fromkeys(_remark(row) for row in rows if row.note)
     if any(m.disturbed for m in measured):
         remarks["*: other processes used the machine all the time; take these times for upper bounds."] = None
     return HEADER, [_cells(row) for row in rows], "\n".join([" ".join(notes), *remarks])
+
+
+def _remark(row: LayerRow) -> str:
+    return f"{row.contender}: " + (row.note if row.status is Status.OK else f"{row.status}: {row.note}")
 
 
 def _range(values: Iterable[float]) -> str:
@@ -48,11 +61,12 @@ def _cells(row: LayerRow) -> list[str]:
     error = "" if row.error is None else f"{row.error:.1e}"
     if m is None:
         return [*cells, row.status.value, *[""] * 8, error]
+    decimals = 3 if problem.device == "cpu" else 4  # on an accelerator, a layer may take 20 microseconds
     return [
         *cells,
-        milliseconds(m.median_ms) + ("*" if m.disturbed else ""),
-        milliseconds(m.p20_ms),
-        milliseconds(m.p80_ms),
+        milliseconds(m.median_ms, decimals) + ("*" if m.disturbed else ""),
+        milliseconds(m.p20_ms, decimals),
+        milliseconds(m.p80_ms, decimals),
         str(m.samples),
         f"{m.gb_s:.2f}",
         f"{m.stream_fraction:.0%}",
@@ -63,14 +77,19 @@ def _cells(row: LayerRow) -> list[str]:
     ]
 
 
-def milliseconds(ms: float) -> str:
-    """Four significant digits, at most microseconds."""
-    return f"{ms:.{max(0, 4 - len(str(int(ms))))}f}"
+def milliseconds(ms: float, decimals: int = 3) -> str:
+    """As many significant digits as decimals, and one, at most ``decimals`` after the point."""
+    return f"{ms:.{max(0, decimals + 1 - len(str(int(ms))))}f}"
 
 
-def conditions() -> dict[str, Any]:
-    """What figures depend on besides the problem: machine, versions, commit and time."""
-    return {**environment(), "commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+def conditions(machine: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What figures depend on besides the problem: machine, versions, commit and time.
+
+    Args:
+        machine: what is known of the device besides.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**environment(), **(machine or {}), "commit": commit(), "time": now}
 
 
 def commit() -> str | None:

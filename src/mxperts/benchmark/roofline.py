@@ -68,13 +68,13 @@ class Stream:
         cache: bytes of the last-level cache.
 
     Attributes:
-        nbytes: bytes that a pass reads, ``STREAM_FACTOR`` times the cache.
+        amount: bytes that a pass reads, ``STREAM_FACTOR`` times the cache.
     """
 
     def __init__(self, cache: int) -> None:
         # numpy asks for huge pages, which PyTorch does not
         self._buffer = torch.from_numpy(np.ones(max(STREAM_FACTOR * cache, 1 << 20) // 8, dtype=np.int64))
-        self.nbytes = self._buffer.nbytes
+        self.amount = self._buffer.nbytes
 
     def __call__(self) -> None:
         """Read all of it once."""
@@ -82,16 +82,16 @@ class Stream:
 
 
 class Matmul:
-    """A product of two square matrices by PyTorch: what the processor reaches where memory is no limit.
+    """A product of two square matrices by PyTorch: what the device reaches where memory is no limit.
 
     Attributes:
-        flops: operations of a product.
+        amount: operations of a product.
     """
 
-    def __init__(self, size: int = MATMUL_SIZE, dtype: torch.dtype = torch.bfloat16) -> None:
-        self._a, self._b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        self._out = torch.empty(size, size, dtype=dtype)
-        self.flops = 2 * size**3
+    def __init__(self, size: int = MATMUL_SIZE, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> None:
+        self._a, self._b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        self._out = torch.empty(size, size, dtype=dtype, device=device)
+        self.amount = 2 * size**3
 
     def __call__(self) -> None:
         """Multiply once."""

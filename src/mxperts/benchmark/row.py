@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +19,7 @@ class Status(StrEnum):
     OK = "ok"
     SKIPPED = "skipped"
     WRONG = "wrong"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +99,14 @@ class LayerRow:
         problem: what was run.
         contender, version: its name, and the version of the software behind it if that is not mxperts.
         how: how it ran the problem, if it said so.
-        status, note: whether it was timed, and if not, why.
+        status, note: whether it was timed, and if not, why; a note may also say how it was timed.
         threads: of PyTorch, which all contenders use as many of.
         copies: of the layer's weights, that calls cycle through.
         load_seconds: to bring the weights into its own form.
         error, error_limit: relative rms error against the reference, and the largest that counts.
         work: of a call.
         measured: None unless ``status`` is ok.
+        details: what the device's way of timing tells besides, with the same keys for every row of the device.
     """
 
     problem: Problem
@@ -119,9 +122,10 @@ class LayerRow:
     error_limit: float
     work: Work
     measured: Measurement | None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """A flat dictionary of plain values, with the same keys for every row."""
+        """A flat dictionary of plain values, with the same keys for every row on a device."""
         shape, problem = self.problem.shape, self.problem
         names = [f.name for f in dataclasses.fields(Measurement)]
         measured = dataclasses.asdict(self.measured) if self.measured else dict.fromkeys(names)
@@ -152,4 +156,5 @@ class LayerRow:
             "bytes": self.work.bytes,
             "flops": self.work.flops,
             **measured,
+            **self.details,
         }

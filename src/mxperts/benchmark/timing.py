@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -84,6 +85,10 @@ class Timings:
         return median(median(r.samples[numerator]) / median(r.samples[name]) for r in self.of(name))
 
 
+Slice = Callable[[], tuple[list[float], float | None]]
+"""Runs a contender for a while: seconds of each call, and cores that other processes used meanwhile, if known."""
+
+
 def interleave(
     calls: Mapping[str, Callable[[int], object]],
     plan: Plan,
@@ -91,29 +96,50 @@ def interleave(
     *,
     clock: Callable[[], float] = lambda: time.perf_counter_ns() * 1e-9,
 ) -> Timings:
-    """Time calls in rounds; in each round every contender gets a slice, each time another one first.
+    """Time calls in rounds by the processor's clock; see ``take_turns``.
 
     Args:
         calls: by contender, what runs call ``i``. They go on counting from slice to slice.
         plan: how long.
+        seconds: about how long a call takes, by contender.
+        clock: seconds.
+    """
+    slices = {
+        name: partial(_slice, call, count(2), plan.slice, seconds[name], clock)  # calls 0 and 1 were made before
+        for name, call in calls.items()
+    }
+    return take_turns(slices, plan, seconds, clock=clock)
+
+
+def take_turns(
+    slices: Mapping[str, Slice],
+    plan: Plan,
+    seconds: Mapping[str, float],
+    *,
+    clock: Callable[[], float] = lambda: time.perf_counter_ns() * 1e-9,
+) -> Timings:
+    """Time contenders in rounds; in each round every one gets a slice, each time another one first.
+
+    Args:
+        slices: by contender, what runs it for a slice.
+        plan: how long.
         seconds: about how long a call takes, by contender; slow ones take part in the first rounds only.
         clock: seconds.
     """
-    counters = {name: count(2) for name in calls}
-    limits = {name: rounds_for(seconds[name], plan.rounds) for name in calls}
+    limits = {name: rounds_for(seconds[name], plan.rounds) for name in slices}
     rounds: list[Round] = []
     start = clock()
-    slow = {name for name in calls if seconds[name] > SLOW_CALL}
+    slow = {name for name in slices if seconds[name] > SLOW_CALL}
     while not rounds or (sum(r.quiet for r in rounds) < plan.rounds and clock() - start < plan.time_budget):
         over = {name for name in slow if sum(name in r.samples for r in rounds) >= limits[name]}
-        names = [name for name in calls if name not in over]
+        names = [name for name in slices if name not in over]
         if not names:
             break
         turn = len(rounds) % len(names)
         samples, disturbed = {}, set()
         for name in names[turn:] + names[:turn]:
             for _ in range(1 if name in slow else ATTEMPTS):
-                samples[name], others = _slice(calls[name], counters[name], plan.slice, seconds[name], clock)
+                samples[name], others = slices[name]()
                 quiet = others is None or others <= OTHERS_LIMIT
                 if quiet or clock() - start > plan.time_budget:
                     break
@@ -143,7 +169,7 @@ def _slice(
 ) -> tuple[list[float], float | None]:
     """Seconds of each call in one slice, and what other processes used meanwhile."""
     taken: list[float] = []
-    with _no_garbage_collection():
+    with no_garbage_collection():
         if seconds < length:  # threads and caches get used to this contender
             call(next(counter))
         watch = Others()
@@ -157,7 +183,8 @@ def _slice(
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """While it lasts, no pauses of Python's."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -72,8 +72,10 @@ def gated(h: Tensor, activation: str) -> Tensor:
     return (gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)).to(h.dtype)
 
 
-def quantizer(activation: Activation, input_scales: tuple[float, float] | None) -> Quantize:
-    """What fake-quantises inputs to an activation format."""
+def quantizer(
+    activation: Activation, input_scales: tuple[float, float] | None, *, backend: str = "reference"
+) -> Quantize:
+    """What fake-quantises inputs to an activation format; a backend of mxperts does it for block formats."""
     if activation is None:
         return lambda x, projection: x
     if activation == FP8_DYNAMIC:
@@ -81,7 +83,7 @@ def quantizer(activation: Activation, input_scales: tuple[float, float] | None) 
     if activation == FP8_STATIC:
         scales = cast(tuple[float, float], input_scales)
         return lambda x, projection: _fp8(x, torch.tensor(scales[projection]))
-    return lambda x, projection: fake_quantize(x, activation, backend="reference")
+    return lambda x, projection: fake_quantize(x, activation, backend=backend)
 
 
 def _fp8(x: Tensor, scale: Tensor) -> Tensor:

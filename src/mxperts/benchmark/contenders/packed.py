@@ -15,18 +15,36 @@ from mxperts.formats import MXFP4
 from mxperts.ops import dispatch
 from mxperts.ops.dispatch import Choice, explain, resolve
 from mxperts.ops.experts import fused_experts
-from mxperts.ops.prepare import prepare
+from mxperts.ops.prepare import PreparedExperts, Weight, prepare
 
-PACKED = dispatch.Problem(op="fused_experts", device=torch.device("cpu"), dtype=torch.bfloat16, weight=MXFP4)
-"""What a backend must be able to run to take part."""
+CANONICAL = ":canonical"
+"""After a backend's name: on weights as they are stored, not prepared."""
+
+
+def packed_on(device: str = "cpu") -> dispatch.Problem:
+    """What a backend must be able to run to take part on a device."""
+    return dispatch.Problem(op="fused_experts", device=torch.device(device), dtype=torch.bfloat16, weight=MXFP4)
+
+
+PACKED = packed_on()
 
 
 class Packed(Contender):
-    """``fused_experts`` on prepared weights."""
+    """``fused_experts`` on prepared weights, or on weights as they are.
 
-    def __init__(self, backend: str) -> None:
-        self.backend = resolve(backend, PACKED).backend.name  # refused before work starts, if it cannot run here
-        self.name = f"mxperts {self.backend}"
+    Args:
+        backend: its name, with ``CANONICAL`` behind for weights that are not prepared.
+        device: where.
+
+    Raises:
+        ArgumentError: no backend has this name.
+        BackendUnavailable: it cannot run here; so it is refused before work starts.
+    """
+
+    def __init__(self, backend: str, device: str = "cpu") -> None:
+        name, self.prepared = backend.removesuffix(CANONICAL), not backend.endswith(CANONICAL)
+        self.backend = resolve(name, packed_on(device)).backend.name
+        self.name = f"mxperts {self.backend}" + ("" if self.prepared else " canonical")
 
     def refuses(self, problem: Problem) -> str | None:
         try:
@@ -48,18 +66,23 @@ class Packed(Contender):
         )
 
     def memory(self, problem: Problem, copies: int) -> int:
-        return 0 if self.backend == "reference" else copies * problem.packed_bytes
+        return copies * problem.packed_bytes if self.prepared and self.backend != "reference" else 0
 
     def load(self, problem: Problem, layers: Sequence[Weights]) -> Bind:
         activation_format = problem.scheme.activation
-        prepared = [
-            prepare(
-                layer.gate_up,
-                layer.down,
-                activation_format=activation_format,
-                dtype=problem.dtype,
-                backend=self.backend,
+        weights: list[tuple[Weight | PreparedExperts, Weight | None]] = [
+            (
+                prepare(
+                    layer.gate_up,
+                    layer.down,
+                    activation_format=activation_format,
+                    dtype=problem.dtype,
+                    backend=self.backend,
+                ),
+                None,
             )
+            if self.prepared
+            else (layer.gate_up, layer.down)
             for layer in layers
         ]
 
@@ -70,8 +93,7 @@ class Packed(Contender):
                 call = inputs.call(i)
                 return fused_experts(
                     call.hidden_states,
-                    prepared[i % len(prepared)],
-                    None,
+                    *weights[i % len(weights)],
                     call.top_k_index,
                     call.top_k_weights,
                     activation=activation,
@@ -85,7 +107,8 @@ class Packed(Contender):
         return bind
 
 
-def default_backends() -> list[str]:
-    """The backends that are built for speed and can run here; the reference if there are none."""
-    found = [backend.name for backend in dispatch.BACKENDS if backend.refuses(PACKED) is None]
+def default_backends(device: str = "cpu") -> list[str]:
+    """The backends that are built for speed and can run on a device; the reference if there are none."""
+    problem = packed_on(device)
+    found = [backend.name for backend in dispatch.BACKENDS if backend.refuses(problem) is None]
     return [name for name in found if name != "reference"] or ["reference"]

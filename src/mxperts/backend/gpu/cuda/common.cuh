@@ -1,0 +1,297 @@
+// What every kernel here needs: words, bf16 arithmetic, decoding weights, quantising and activating.
+//
+// A kernel is compiled for one problem: the numbers below in capitals are defined by the launcher (see source.py).
+//   BITS, OFFSET            width of a code; decoded patterns are the element's value times 2^-OFFSET as bf16
+//   WIDE, SHIFT, MASK       8-bit floats: exponent and mantissa move right by SHIFT into MASK
+//   INTEGER                 two's complement codes
+//   LOW                     6-bit floats: which bits of a pattern the two bits outside the nibble are, as a mask
+//   HIDDEN                  dtype of hidden states: 0 bf16, 1 float16, 2 float32
+//   PLANES                  bf16 numbers that one input value is split into, exactly
+//   QDQ                     how inputs are quantised: 0 not, 1 in blocks, 2 fp8 with given scales, 3 fp8, scale of a row
+//   RULE_*                  of the blocks: see rule.BlockRule
+//   GATED, FUNCTION         the activation function
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+#define DI __device__ __forceinline__
+
+struct alignas(16) Quad { u32 x, y, z, w; };
+struct alignas(8) Pair { u32 x, y; };
+
+DI u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DI void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
+}
+DI void copy16_or_zero(u32 to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+DI void copy16_if(u32 to, const void* from, bool wanted) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global.L2::128B [%0], [%1], 16;}"
+               :: "r"(to), "l"(from), "r"((u32)wanted) : "memory");
+}
+DI void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DI void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+DI void load_global4_if(Quad& v, const void* from, bool wanted) {  // otherwise v stays
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.b32 {%0,%1,%2,%3}, [%4];}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(from), "r"((u32)wanted) : "memory");
+}
+template <int AT> DI Quad load_shared4(u32 a) {
+  Quad v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4+%5];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a), "n"(AT));
+  return v;
+}
+template <int AT> DI Pair load_shared2(u32 a) {
+  Pair v;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2+%3];" : "=r"(v.x), "=r"(v.y) : "r"(a), "n"(AT));
+  return v;
+}
+
+// Two bf16 numbers in a word.
+DI u32 multiply2(u32 a, u32 b) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+  return d;
+}
+DI u32 add2(u32 a, u32 b) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return d;
+}
+DI u32 to_bf16x2(float low, float high) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+DI float of_bf16(u32 low16) { return __uint_as_float(low16 << 16); }
+DI float round_to_bf16(float x) { return of_bf16(to_bf16x2(x, 0.f) & 0xffffu); }
+DI float round_to_half(float x) {
+  float y;
+  asm("{.reg .f16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(y) : "f"(x));
+  return y;
+}
+DI float of_half(u16 bits) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
+  return y;
+}
+DI u16 to_half(float x) {
+  u16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
+DI void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Numbers of any float dtype: 0 bf16, 1 float16, 2 float32.
+DI float load_number(const void* p, i64 i, int dtype) {
+  if (dtype == 2) return ((const float*)p)[i];
+  u16 bits = ((const u16*)p)[i];
+  return dtype == 0 ? of_bf16(bits) : of_half(bits);
+}
+DI float round_to_hidden(float x) { return HIDDEN == 0 ? round_to_bf16(x) : HIDDEN == 1 ? round_to_half(x) : x; }
+DI void store_hidden(void* p, i64 i, float x) {
+  if (HIDDEN == 2) ((float*)p)[i] = x;
+  else if (HIDDEN == 1) ((u16*)p)[i] = to_half(x);
+  else ((u16*)p)[i] = (u16)to_bf16x2(x, 0.f);
+}
+
+// ---- weights -------------------------------------------------------------------------------------------------------
+// A cell is 16 rows times 64 of K. Of its two blocks of 32, lane (g, t) = (lane / 4, lane % 4) of a warp holds the codes of rows
+// g and g + 8 and k = 8 t .. 8 t + 7, which is what four mma.m16n8k16 want as their A, if B holds k in the same order.
+
+constexpr int CELL_CODES = 16 * 64 * BITS / 8;
+constexpr int SLICE = 2 * CELL_CODES + 64;  // two cells: their codes, then their scales, as layout.py has it
+
+struct Codes {
+  Quad main[BITS == 8 ? 2 : 1];
+  Pair rest[BITS == 6 ? 1 : 0 + 1];
+};
+
+template <int CELL> DI Codes load_codes(u32 slice, int lane) {
+  Codes c;
+  c.main[0] = load_shared4<CELL * CELL_CODES>(slice + lane * 16);
+  if constexpr (BITS == 8) c.main[1] = load_shared4<CELL * CELL_CODES + 512>(slice + lane * 16);
+  if constexpr (BITS == 6) c.rest[0] = load_shared2<CELL * CELL_CODES + 512>(slice + lane * 8);
+  return c;
+}
+// The scales of both cells: bytes of rows g and g + 8 in the first block, then in the second.
+DI Pair load_scales(u32 slice, int g) { return load_shared2<2 * CELL_CODES>(slice + g * 8); }
+
+// What patterns of block `j`, rows g (half 0) or g + 8 (half 1), are to be multiplied by, twice in a word.
+template <int BYTE> DI u32 scale_factor(u32 scales) {
+  u32 twice = __byte_perm(scales, 0, 0x4040 | BYTE | BYTE << 8);
+  return twice * 128u + (u32)(OFFSET * 128) * 0x10001u;
+}
+
+#define NIBBLE 0x81C081C0u
+DI u32 pick(u32 w, int left, u32 mask) { return (left >= 0 ? w << (left & 31) : w >> (-left & 31)) & mask; }
+
+// The A of one mma: rows g, g + 8, g, g + 8 and k = 8 t + 4 m + {0, 1, 0, 1, 2, 3, 2, 3}; without scales.
+template <int J, int M> DI void patterns(const Codes& c, u32 (&a)[4]) {
+  if constexpr (BITS == 8) {
+    const Quad& q = c.main[J];
+    u32 v[2] = {M ? q.z : q.x, M ? q.w : q.y};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        u32 w = h ? v[i] << 8 : v[i];
+        if constexpr (INTEGER) {
+          u32 low = h ? v[i] : v[i] >> 8;
+          a[2 * i + h] = add2((low & 0x007f007fu) | 0x43004300u, (low & 0x00800080u) | 0xc300c300u);
+        } else {
+          a[2 * i + h] = (w & 0x80008000u) | ((w >> SHIFT) & MASK);
+        }
+      }
+    }
+  } else {
+    u32 w = J ? (M ? c.main[0].w : c.main[0].z) : (M ? c.main[0].y : c.main[0].x);
+    a[0] = w & NIBBLE;
+    a[1] = (w << 3) & NIBBLE;
+    a[2] = ((w << 6) & 0x01C001C0u) | ((w << 2) & 0x80008000u);
+    a[3] = ((w >> 3) & 0x01C001C0u) | ((w << 1) & 0x80008000u);
+    if constexpr (BITS == 6) {
+      u32 r = J ? c.rest[0].y : c.rest[0].x;
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] |= pick(r, REST_LEFT(4 * M + i), LOW);
+    }
+  }
+}
+
+// float16 hidden states want weights as float16 has them.
+DI u32 round2_to_half(u32 w) {
+  return to_bf16x2(round_to_half(of_bf16(w & 0xffffu)), round_to_half(__uint_as_float(w & 0xffff0000u)));
+}
+
+template <int J, int M> DI void fragment(const Codes& c, u32 even, u32 odd, u32 (&a)[4]) {
+  patterns<J, M>(c, a);
+  a[0] = multiply2(a[0], even);
+  a[1] = multiply2(a[1], odd);
+  a[2] = multiply2(a[2], even);
+  a[3] = multiply2(a[3], odd);
+  if constexpr (HIDDEN == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = round2_to_half(a[i]);
+  }
+}
+
+// ---- inputs --------------------------------------------------------------------------------------------------------
+
+#if QDQ == 1
+// One value of a block of 32, quantised and back; a whole warp, one value a lane.
+DI float quantize_in_block(float x) {
+  u32 bits = __float_as_uint(x) & 0x7fffffffu;
+  u32 amax = __reduce_max_sync(0xffffffffu, bits);
+  if (amax >= 0x7f800000u) return __uint_as_float(0x7fffffffu);
+  int field = (int)((amax + RULE_CARRY) >> 23);
+  int s = field >= RULE_OVERFLOW ? 254 : min(max(field - RULE_OFFSET, 0), 254);
+  int e = 127 - s, e1 = e >> 1, e2 = e - e1;  // 2^e in two factors, both normal numbers
+  float v = __uint_as_float(bits) * __uint_as_float((u32)(e1 + 127) << 23) * __uint_as_float((u32)(e2 + 127) << 23);
+  int top = min(max((int)(__float_as_uint(v) >> 23) - 127, RULE_EMIN), RULE_ETOP);
+  float magic = __uint_as_float((u32)(top + 150 - RULE_MANTISSA) << 23);  // its unit in the last place is the element's
+  float q = fminf((v + magic) - magic, __uint_as_float(RULE_LARGEST));
+  q = q * __uint_as_float((u32)(127 - e1) << 23) * __uint_as_float((u32)(127 - e2) << 23);
+  return copysignf(q, x);
+}
+#else
+DI float quantize_in_block(float x) { return x; }
+#endif
+
+// E4M3, the nearest, ties to even, saturating; NaN stays.
+DI float quantize_fp8(float x, float scale) {
+  float v = __fdiv_rn(x, scale), m = fminf(fabsf(v), 448.f);
+  int top = max((int)(__float_as_uint(m) >> 23) - 127, -6);
+  float magic = __uint_as_float((u32)(top + 147) << 23);
+  float q = (m + magic) - magic;
+  return v != v ? v : copysignf(q, v) * scale;
+}
+
+// A value of a row, split into bf16 numbers that add up to it, one for each plane of `stride` values.
+DI void store_planes(u16* to, i64 i, i64 stride, float x) {
+#pragma unroll
+  for (int p = 0; p < PLANES; p++) {
+    u32 part = to_bf16x2(x, 0.f) & 0xffffu;
+    to[p * stride + i] = (u16)part;
+    float rest = x - of_bf16(part);
+    x = p == 0 && !(fabsf(x) < __uint_as_float(0x7f800000u)) ? 0.f : rest;  // Inf and NaN are in the first
+  }
+}
+
+// Rows of values, quantised by whole warps: in blocks of 32, or with the scale of a row, which `kept` then has room for.
+template <typename Read, typename Scale>
+DI void quantize_rows(i64 rows, int k, int width, u16* to, float* kept, Read read, Scale scale_of, int worker, int workers, int lane) {
+  const int blocks = width / 32;
+  if (QDQ == 3) {
+    for (i64 row = worker; row < rows; row += workers) {
+      u32 most = 0;
+      for (int i = lane; i < k; i += 32) {
+        float v = read(row, i);
+        if (kept) kept[row * width + i] = v;
+        most = max(most, __float_as_uint(v) & 0x7fffffffu);
+      }
+      most = __reduce_max_sync(0xffffffffu, most);
+      float scale = __fdiv_rn(__uint_as_float(most), 448.f);
+      if (scale == 0.f) scale = 1.f;
+      for (int i = lane; i < width; i += 32) {
+        float v = 0.f;
+        if (i < k) v = most >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : quantize_fp8(kept ? kept[row * width + i] : read(row, i), scale);
+        store_planes(to, row * width + i, rows * width, round_to_hidden(v));
+      }
+    }
+    return;
+  }
+  for (i64 block = worker; block < rows * blocks; block += workers) {
+    i64 row = block / blocks;
+    int i = (int)(block - row * blocks) * 32 + lane;
+    float v = i < k ? read(row, i) : 0.f;
+    if (QDQ == 1) v = quantize_in_block(v);
+    if (QDQ == 2) v = i < k ? quantize_fp8(v, scale_of(row)) : 0.f;
+    store_planes(to, row * width + i, rows * width, round_to_hidden(v));
+  }
+}
+
+// ---- between the projections ---------------------------------------------------------------------------------------
+
+// float32 hidden states show what float arithmetic would lose where an exponential is tiny.
+#if HIDDEN == 2
+typedef double real;
+#else
+typedef float real;
+#endif
+
+struct Constants { float limit, alpha, beta, linear_beta; };  // NaN where there is none
+DI bool given(float c) { return c == c; }
+DI real clamp_above(real x, real most) { return x > most ? most : x; }  // NaN stays
+DI real clamp_both(real x, real most) { return x > most ? most : x < -most ? -most : x; }
+// x * sigmoid(z); the exponential neither overflows nor underflows before the result does.
+DI real times_sigmoid(real x, real z) {
+  if (z >= 0) return x / (1 + exp(-z));
+  real e = exp(z / 2);
+  return x * e * e / (1 + e * e);
+}
+DI real gelu(real x) { return x * erfc(x * (real)-0.70710678118654752) / 2; }
+DI real gelu_tanh(real x) { return times_sigmoid(x, (real)1.5957691216057308 * (x + (real)0.044715 * x * x * x)); }
+DI real relu2(real x) { return x < 0 ? 0 : x * x; }
+
+// FUNCTION: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu2, 4 swigluoai, 5 situ, 6 swiglustep
+DI float activate(float gate, float up, const Constants& c) {
+  real g = gate, u = up;
+  if (FUNCTION == 5) {
+    if (given(c.linear_beta)) u = (real)c.linear_beta * tanh(u / (real)c.linear_beta);
+    return (float)(times_sigmoid((real)c.beta * tanh(g / (real)c.beta), g) * u);
+  }
+  if (given(c.limit)) u = clamp_both(u, c.limit);
+  if (FUNCTION == 6) return (float)(clamp_above(times_sigmoid(g, g), c.limit) * u);
+  if (given(c.limit)) g = clamp_above(g, c.limit);
+  if (FUNCTION == 4) return (float)(times_sigmoid(g, (real)c.alpha * g) * (u + (real)c.beta));
+  real a = FUNCTION == 0 ? times_sigmoid(g, g) : FUNCTION == 1 ? gelu(g) : FUNCTION == 2 ? gelu_tanh(g) : relu2(g);
+  return (float)(GATED ? a * u : a);
+}
