@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -71,12 +72,37 @@ def _cpu_refuses(problem: Problem) -> str | None:
     return None
 
 
+def _gpu_refuses(problem: Problem) -> str | None:
+    if problem.device.type != "cuda":
+        return f"the tensors are on {problem.device}, not on a GPU"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU; it may be a build for CPUs, or the driver is missing"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install mxperts[gpu]"
+    capability = torch.cuda.get_device_capability(problem.device)
+    if torch.version.hip is None and capability < _OLDEST_GPU:
+        return "{} has compute capability {}.{}, and {}.{} is needed".format(
+            torch.cuda.get_device_name(problem.device), *capability, *_OLDEST_GPU
+        )
+    if problem.weight is None and problem.op in ("mx_linear", "fused_experts"):
+        return "its weights are packed; these are dense"
+    return None
+
+
+_OLDEST_GPU = (8, 0)
+
 BACKENDS = (
     Backend(
         name="cpu",
         module="mxperts.backend.cpu",
         refuses=_cpu_refuses,
         summary="packed weights, kernels compiled by Numba on first use",
+    ),
+    Backend(
+        name="gpu",
+        module="mxperts.backend.gpu",
+        refuses=_gpu_refuses,
+        summary="packed weights, Triton kernels and CUDA kernels that are compiled on first use",
     ),
     Backend(
         name="reference",
@@ -86,10 +112,6 @@ BACKENDS = (
     ),
 )
 """In the order in which "auto" asks them."""
-
-PLANNED = ("gpu",)
-"""Names that are taken, of backends that this version does not have."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -133,8 +155,6 @@ def resolve(backend: str, problem: Problem) -> Choice:
                 )
             refused.append((candidate.name, why))
         raise BackendUnavailable(f"no backend can run {problem}: {refused}")
-    if backend in PLANNED and backend not in named:
-        raise BackendUnavailable(f"this version has no backend {backend!r}; it has: {', '.join(named)}")
     if backend not in named:
         raise ArgumentError(f"unknown backend {backend!r}; {suggest(str(backend), ['auto', *named])}")
     why = named[backend].refuses(problem)
@@ -186,7 +206,7 @@ def explain(
 def backends(device: torch.device | str = "cpu") -> dict[str, str]:
     """Every backend with what it is, or with why it cannot run packed experts on ``device``."""
     problem = Problem(op="fused_experts", device=torch.device(device), dtype=torch.bfloat16, weight=MXFP4)
-    found = dict.fromkeys(PLANNED, "unavailable: not part of this version")
+    found: dict[str, str] = {}
     for b in BACKENDS:
         why = b.refuses(problem)
         found[b.name] = f"{b.summary}; {b.load('describe')(None)}" if why is None else f"unavailable: {why}"

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 COMPILE = """
-import json, sys
+import importlib, json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from mxperts.backend.gpu import quantize
 from mxperts.backend.gpu.rule import block_rule
 from mxperts.formats import Recipe, ScaleRule, Rounding, SignedZero, NonFinite, format
 
+quantize = importlib.import_module("mxperts.backend.gpu.quantize")
 backend, arch, lanes = json.loads(sys.argv[1])
 target = GPUTarget(backend, arch, lanes)
 everything = Recipe(

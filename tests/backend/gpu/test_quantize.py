@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from typing import Any
 
@@ -13,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mxperts.backend import reference
-from mxperts.backend.gpu import quantize as module
 from mxperts.backend.gpu.elements import decode_weight_tile
 from mxperts.backend.gpu.quantize import (
     dequantize,
@@ -40,6 +40,8 @@ from mxperts.formats import (
     recipe,
 )
 from mxperts.packing import pack
+
+module = importlib.import_module("mxperts.backend.gpu.quantize")  # the package has a function of this name
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (FP32, BF16, FP16)

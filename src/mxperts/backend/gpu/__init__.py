@@ -1,1 +1,25 @@
-"""placeholder: the lead writes it"""
+"""The GPU backend: Triton for everything on any GPU, CUDA compiled at run time for prepared weights on NVIDIA's."""
+
+from __future__ import annotations
+
+from mxperts.backend.gpu.experts import fused_experts
+from mxperts.backend.gpu.paths import CUDA, choose, cuda_refuses
+from mxperts.backend.gpu.portable import mx_linear
+from mxperts.backend.gpu.prepared import prepare, unprepare
+from mxperts.backend.gpu.quantize import dequantize, fake_quantize, quantize
+from mxperts.ops.dispatch import Problem
+
+
+def describe(problem: Problem | None) -> str:
+    """How a problem runs; for None, what there is besides Triton."""
+    if problem is None:
+        return "paths here: cuda, triton"
+    if problem.op != "fused_experts":
+        return "Triton kernels" + (", sums in float32" if problem.op == "mx_linear" else ", exact")
+    path = choose(problem.device)
+    why = "" if path is CUDA else f"; not path cuda: {cuda_refuses(problem.device) or 'another was asked for'}"
+    unprepared = ", once they are prepared" if path is CUDA else ""
+    return f"path {path.name}: {path.summary}{unprepared}{why}"
+
+
+__all__ = ["dequantize", "describe", "fake_quantize", "fused_experts", "mx_linear", "prepare", "quantize", "unprepare"]

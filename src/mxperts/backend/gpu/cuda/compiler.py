@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -16,7 +17,6 @@ import torch
 
 from mxperts.errors import BackendUnavailable, MxpertsError
 
-SOURCES = ("common.cuh", "decode.cu")
 _OPTIONS = ("--std=c++17", "-default-device", "--extra-device-vectorization")
 
 _lock = threading.RLock()
@@ -40,50 +40,73 @@ class Kernel:
     """One compiled kernel, for one set of macros, on one device.
 
     Attributes:
-        shared_bytes: dynamic shared memory of a block.
         threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
     """
 
     def __init__(
-        self, name: str, macros: Mapping[str, str], device: int, *, threads: int, shared_bytes: int, cooperative: bool
+        self,
+        source: str,
+        macros: Mapping[str, str],
+        device: int,
+        *,
+        threads: int,
+        shared_bytes: int = 0,
+        cooperative: bool = False,
+        overlaps: bool = False,
+        name: str | None = None,
     ) -> None:
+        """Compile, or find compiled, and load.
+
+        Args:
+            source: of ``<source>.cu``.
+            macros: what to define.
+            device: index.
+            threads, shared_bytes: see above.
+            cooperative: whether blocks wait for each other.
+            overlaps: whether it may start while the kernel before it runs, for which it waits itself; only from compute
+                capability 9.0 on, and ignored below.
+            name: of the function, if it is not that of the source.
+        """
         from cuda.bindings import driver
 
         self.threads, self.shared_bytes = threads, shared_bytes
         self._driver = driver
         capability = torch.cuda.get_device_capability(device)
-        code = machine_code(name, macros, capability)
+        code = machine_code(source, macros, capability)
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device).cuda_stream  # makes the context  # noqa: B018
-            module = _checked(driver.cuModuleLoadData(code))
-            self._function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
-        self._cooperative = cooperative
+            torch.cuda.current_stream(device).synchronize()  # makes the context
+            self._module = _checked(driver.cuModuleLoadData(code))
+            self._function = _checked(driver.cuModuleGetFunction(self._module, (name or source).encode()))
+            largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, largest, shared_bytes))
         self._config = driver.CUlaunchConfig()
-        self._config.gridDimY = self._config.gridDimZ = self._config.blockDimY = self._config.blockDimZ = 1
+        self._config.gridDimZ = self._config.blockDimY = self._config.blockDimZ = 1
         self._config.blockDimX = threads
         self._config.sharedMemBytes = shared_bytes
+        attribute = driver.CUlaunchAttribute()
         if cooperative:
-            attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
             attribute.value.cooperative = 1
-            self._config.attrs = [attribute]
-            self._config.numAttrs = 1
+        elif overlaps and capability >= (9, 0):
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+        else:
+            return
+        self._config.attrs = [attribute]
+        self._config.numAttrs = 1
 
-    def __call__(self, blocks: int, arguments: Any, stream: int) -> None:
+    def __call__(self, blocks: int | tuple[int, int], arguments: ctypes.Structure, stream: int) -> None:
         """Launch.
 
         Args:
             blocks: of the grid.
-            arguments: a ctypes structure, the kernel's only parameter.
+            arguments: the kernel's only parameter.
             stream: handle of a CUDA stream.
         """
-        import ctypes
-
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         with _lock:  # the configuration is one for all threads
-            self._config.gridDimX = blocks
+            self._config.gridDimX, self._config.gridDimY = (blocks, 1) if isinstance(blocks, int) else blocks
             self._config.hStream = stream
             _checked(self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(pointers), 0))
 
@@ -106,7 +129,7 @@ def machine_code(name: str, macros: Mapping[str, str], capability: tuple[int, in
 
     architecture = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
     options = [*_OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{k}={v}" for k, v in macros.items())]
-    texts = {source: _text(source) for source in SOURCES}
+    texts = _texts(name)
     version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256(repr((name, options, texts, version)).encode()).hexdigest()[:32]
     folder = cache_folder()
@@ -145,8 +168,10 @@ def _compile(name: str, texts: Mapping[str, str], options: list[str]) -> bytes:
 
 
 @lru_cache
-def _text(source: str) -> str:
-    return resources.files(__package__).joinpath(source).read_text()
+def _texts(name: str) -> dict[str, str]:
+    """A source and all headers, by file name."""
+    files = {file.name: file for file in resources.files(__package__).iterdir()}
+    return {n: files[n].read_text() for n in sorted(files) if n == f"{name}.cu" or n.endswith(".cuh")}
 
 
 @lru_cache

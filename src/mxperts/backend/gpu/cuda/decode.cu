@@ -7,12 +7,6 @@
 // quantised; first projection; activation function, whose results are quantised; second projection; sum over the slots.
 #include "common.cuh"
 
-#ifdef CLOCKS
-#define CLOCK(i) if (threadIdx.x == 0) { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); ((u64*)p.y)[(1<<18) + blockIdx.x * 16 + i] = t; }
-#else
-#define CLOCK(i)
-#endif
-
 struct Args {
   const void* x;        // hidden states [T, H]
   const void* ids;      // [T, k]
@@ -341,9 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int worker = warp * gridDim.x + blockIdx.x, workers = ALL_WARPS * gridDim.x;
 
-  CLOCK(0);
   route(p, r);
-  CLOCK(1);
   const int steps1 = (int)((p.H + 63) / 64), steps2 = (int)((p.I + 63) / 64), width = steps2 * 64;
   const i64 pairs = p.T * p.k, rows1 = QDQ == 2 && p.per_expert1 ? pairs : p.T;
   const int units1 = (int)((p.I + (GATED ? 15 : 31)) / (GATED ? 16 : 32)), units2 = (int)((p.H + 31) / 32);
@@ -372,22 +364,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     quantize_rows(rows1, (int)p.H, steps1 * 64, p.xq, (float*)0, read, scale, worker, workers, lane);
     grid_wait();
   }
-  CLOCK(2);
   project<0>(p, first, first, second, r, cursor, walk, ring, lane);
-  CLOCK(3);
   grid_wait();
-  CLOCK(4);
   {
     auto read = [&](i64 pair, int i) { return r.expert[pair] < 0 ? 0.f : activation(p, r, pair, i, units1 * 32); };
     auto scale = [&](i64 row) { return p.scale2[p.per_expert2 ? max((int)r.expert[row], 0) : 0]; };
     quantize_rows(pairs, (int)p.I, width, p.a, p.af, read, scale, worker, workers, lane);
   }
   grid_wait();
-  CLOCK(5);
   project<1>(p, second, first, second, r, cursor, walk, ring, lane);
-  CLOCK(6);
   grid_wait();
-  CLOCK(7);
   for (i64 i = worker * 32 + lane; i < p.T * p.H; i += workers * 32) {
     i64 token = i / p.H, h = i - token * p.H;
     float total = 0.f;
@@ -400,5 +386,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     store_hidden(p.out, i, total);
   }
-  CLOCK(8);
 }

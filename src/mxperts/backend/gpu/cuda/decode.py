@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxperts.backend.gpu.cuda.arguments import Given, workspace
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
-from mxperts.backend.gpu.cuda.macros import DTYPES, hidden_macros, quantised, weight_macros
+from mxperts.backend.gpu.cuda.macros import FUNCTIONS as FUNCTIONS
+from mxperts.backend.gpu.cuda.macros import function_macros, hidden_macros, quantised, weight_macros
 from mxperts.formats import FP8_DYNAMIC, Activation
-from mxperts.ops.activation import BoundActivation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
 
 MOST_PAIRS = 512
 """Pairs (token, slot) of a call: every block sorts all of them for itself."""
+WARPS = 24
+"""On a multiprocessor."""
 MOST_PARTS = 16
 ITEM_COST = 2.0
 """What an item costs besides its steps, in steps."""
-_MOST_DEPTH = 16
+_MOST_DEPTH = 4
+"""Slices that a warp has under way: deeper rings were measured to be no faster."""
 _WALK_BYTES = 16
-_NAN = math.nan
 
 
 class _Arguments(ctypes.Structure):
@@ -40,79 +43,31 @@ class _Arguments(ctypes.Structure):
     )
 
 
+def takes(call: ExpertsCall) -> bool:
+    """Whether a call has few enough pairs."""
+    return call.top_k_index.numel() <= MOST_PAIRS
+
+
 def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
     """Write the sum over each token's experts into ``out`` [T, H]; at most ``MOST_PAIRS`` pairs."""
-    x, layout = call.hidden_states, call.layout
+    given, layout = Given(call, out), call.layout
     tokens, k = call.top_k_index.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    activation = call.activation_format
-    scale1, scale2 = call.input_scales or (None, None)
-    per_expert1 = scale1 is not None and scale1.numel() > 1
-    width1, width2 = first.steps * STEP, second.steps * STEP
-    planes = hidden_macros(x.dtype, activation).planes
-    direct = (
-        activation is None
-        and x.dtype is torch.bfloat16
-        and not call.router_weight_on_input
-        and layout.hidden % STEP == 0
-        and x.stride(0) % 8 == 0
-        and x.data_ptr() % 16 == 0
-    )
-    pairs = tokens * k
-    device = x.device
+    pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
     index = device.index if device.index is not None else torch.cuda.current_device()
-    kernel, blocks = _kernel(layout, x.dtype, activation, call.activation.name, _room(pairs), index)
+    kernel, blocks = _kernel(layout, dtype, activation, call.activation.name, _room(pairs), index)
     groups, workers = expected_groups(pairs, layout.experts), blocks * kernel.threads // 32
     parts1, parts2 = (parts(groups * t.units, t.steps, workers) for t in (first, second))
-    sizes = (
-        0 if direct else 2 * planes * (pairs if per_expert1 else tokens) * width1,
-        2 * planes * pairs * width2,
-        4 * pairs * width2 if activation == FP8_DYNAMIC else 0,
-        4 * parts1 * pairs * first.units * UNIT_ROWS,
-        4 * parts2 * pairs * second.units * UNIT_ROWS,
+    width1, width2 = first.steps * STEP, second.steps * STEP
+    planes = hidden_macros(dtype, activation).planes
+    _memory, addresses = workspace(
+        device,
+        xq=0 if given.direct else 2 * planes * (pairs if given.per_expert1 else tokens) * width1,
+        a=2 * planes * pairs * width2,
+        af=4 * pairs * width2 if activation == FP8_DYNAMIC else 0,
+        h=4 * parts1 * pairs * first.units * UNIT_ROWS,
+        y=4 * parts2 * pairs * second.units * UNIT_ROWS,
     )
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + (size + 255) // 256 * 256)
-    workspace = torch.empty(starts[-1], dtype=torch.uint8, device=device)
-    base = workspace.data_ptr()
-    ids, routing = call.top_k_index.contiguous(), call.top_k_weights.contiguous()
-    biases = [b if b is None or b.is_contiguous() else b.contiguous() for b in (call.gate_up_bias, call.down_bias)]
-    expert_map = None if call.expert_map is None else call.expert_map.contiguous()
-    constants = [_NAN if c is None else c for c in _constants(call.activation)]
-    arguments = _Arguments(
-        x.data_ptr(),
-        ids.data_ptr(),
-        routing.data_ptr(),
-        _address(expert_map),
-        call.weights[0].data_ptr(),
-        call.weights[1].data_ptr(),
-        _address(biases[0]),
-        _address(biases[1]),
-        _address(scale1),
-        _address(scale2),
-        *(base + start for start in starts[:-1]),
-        out.data_ptr(),
-        x.stride(0),
-        tokens,
-        k,
-        layout.experts,
-        layout.hidden,
-        layout.intermediate,
-        0 if expert_map is None else expert_map.numel(),
-        parts1,
-        parts2,
-        ids.dtype is torch.int64,
-        expert_map is not None and expert_map.dtype is torch.int64,
-        DTYPES[routing.dtype],
-        0 if biases[0] is None else DTYPES[biases[0].dtype],
-        0 if biases[1] is None else DTYPES[biases[1].dtype],
-        direct,
-        call.router_weight_on_input,
-        per_expert1,
-        scale2 is not None and scale2.numel() > 1,
-        *constants,
-    )
+    arguments = _Arguments(**given.fields, **addresses, parts1=parts1, parts2=parts2)
     kernel(blocks, arguments, torch.cuda.current_stream(index).cuda_stream)
 
 
@@ -126,31 +81,25 @@ def _kernel(
     layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str, pairs: int, device: int
 ) -> tuple[Kernel, int]:
     assert layout.weight is not None
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     experts = -(-layout.experts // 64) * 64
     slice_bytes = Tiles(format=layout.weight, rows=32, k=STEP).slice_bytes
     routing_bytes = pairs * (4 * 2 + 1 + 16) + 4 * experts + 64
-    all_warps = warps_of_block(layout)
     free = properties.shared_memory_per_block_optin - routing_bytes
-    depth = min(_MOST_DEPTH, (free // all_warps - _WALK_BYTES) // slice_bytes)
+    depth = min(_MOST_DEPTH, (free // WARPS - _WALK_BYTES) // slice_bytes)
     macros = {
         **weight_macros(layout.weight),
         **hidden_macros(dtype, activation).macros(),
         **quantised(activation),
-        **_function_macros(function, layout.interleaved),
+        **function_macros(function, layout.interleaved),
         "PAIRS": str(pairs),
         "EXPERTS": str(experts),
-        "ALL_WARPS": str(all_warps),
+        "ALL_WARPS": str(WARPS),
         "DEPTH": str(depth),
     }
-    shared = all_warps * (_WALK_BYTES + depth * slice_bytes) + routing_bytes
-    kernel = Kernel("decode", macros, device, threads=32 * all_warps, shared_bytes=shared, cooperative=True)
+    shared = WARPS * (_WALK_BYTES + depth * slice_bytes) + routing_bytes
+    kernel = Kernel("decode", macros, device, threads=32 * WARPS, shared_bytes=shared, cooperative=True)
     return kernel, properties.multi_processor_count
-
-
-def warps_of_block(layout: ExpertsLayout) -> int:
-    """Warps on a multiprocessor."""
-    return 32
 
 
 @lru_cache(maxsize=1024)
@@ -174,22 +123,3 @@ def parts(units: int, steps: int, workers: int) -> int:
         return -(-units * n // workers) * (-(-steps // n) + ITEM_COST)
 
     return min(range(1, min(steps, MOST_PARTS) + 1), key=cost)
-
-
-FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swigluoai", "situ", "swiglustep")
-
-
-def _function_macros(name: str, interleaved: bool) -> dict[str, str]:
-    return {
-        "FUNCTION": str(FUNCTIONS.index(name.removesuffix("_no_mul"))),
-        "GATED": str(int(not name.endswith("_no_mul"))),
-        "INTERLEAVED": str(int(interleaved)),
-    }
-
-
-def _constants(a: BoundActivation) -> tuple[float | None, ...]:
-    return a.limit, a.alpha, a.beta, a.linear_beta
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

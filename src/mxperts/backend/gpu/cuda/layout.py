@@ -101,7 +101,9 @@ class Tiles:
             codes = tiles[e, :, :, : 2 * self.cell_bytes]
             rows = self._from_cells(codes.unflatten(-1, (2, self.cell_bytes)))  # [units * 32, steps * 64]
             packed[e] = pack(rows[place, : blocks * self.format.block_size], self.format)
-            lanes = tiles[e, :, :, 2 * self.cell_bytes :].unflatten(-1, (8, 2, 2, 2))  # unit, step, g, cell, block, half
+            lanes = tiles[e, :, :, 2 * self.cell_bytes :].unflatten(
+                -1, (8, 2, 2, 2)
+            )  # unit, step, g, cell, block, half
             by_row = lanes.permute(0, 3, 5, 2, 1, 4).reshape(-1, self.steps * 2)
             scales[e] = by_row[place, :blocks]
         return packed, scales

@@ -13,6 +13,8 @@ from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Activation, BlockFormat, Ro
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of dtypes."""
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swigluoai", "situ", "swiglustep")
+"""Activation functions in the order of their numbers."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ def hidden_macros(dtype: torch.dtype, activation: Activation) -> Hidden:
     """Hidden states whose values, quantised, are inputs."""
     number = DTYPES[dtype]
     return Hidden(number, 1 if isinstance(activation, BlockFormat) else number + 1)
+
+
+def function_macros(name: str, interleaved: bool) -> dict[str, str]:
+    """The activation function."""
+    return {
+        "FUNCTION": str(FUNCTIONS.index(name.removesuffix("_no_mul"))),
+        "GATED": str(int(not name.endswith("_no_mul"))),
+        "INTERLEAVED": str(int(interleaved)),
+    }
 
 
 def weight_macros(fmt: BlockFormat) -> dict[str, str]:

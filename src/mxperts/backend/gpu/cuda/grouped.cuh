@@ -1,0 +1,47 @@
+// What the kernels for many tokens share. One after the other they sort the pairs (token, slot) by expert, write the inputs
+// of the first projection, compute it, write the inputs of the second, compute it, and sum over each token's slots.
+//
+//   MOST_N             most tokens of a tile; a multiple of 16
+//   WGMMA              whether the kernels are for wgmma, which wants its inputs in another order than mma.sync
+#include "common.cuh"
+
+// Tokens of one expert that are computed together, times all rows of its weights.
+struct Tile {
+  int expert, first, count;  // positions of the sorted pairs
+  int n;                     // count, rounded up to what there is an instruction for
+  int group, of_group;       // first of the tiles that are computed together, and how many they are
+  int unused[2];
+};
+
+struct Args {
+  const void* x;        // hidden states [T, H]
+  const void* ids;      // [T, k]
+  const void* routing;  // [T, k]
+  const void* map;      // or 0
+  const u8* w1;         // slices [E, units, K / 64]
+  const u8* w2;
+  const void* bias1;    // or 0
+  const void* bias2;
+  const float* scale1;  // of static fp8
+  const float* scale2;
+  int* totals;          // number of tiles, number of pairs that have an expert
+  Tile* tiles;
+  int* position;        // [pairs] where a pair is among those sorted by expert; -1 if it has none
+  int* source;          // [pairs] the token at a position
+  short* expert;        // [pairs] the expert at a position
+  short* local;         // [pairs] the expert of a pair
+  u16* xq;              // [PLANES, T or pairs, K1 * 64] inputs of the first projection
+  u16* a;               // [PLANES, pairs, K2 * 64] inputs of the second
+  void* h;              // [pairs, units1 * 32] results of the first projection, rows in the order of their tiles
+  float* y;             // [pairs, units2 * 32] results of the second
+  void* out;            // [T, H]
+  i64 x_stride, T, k, E, H, I, map_size;
+  i64 ids64, map64, routing_dtype, bias1_dtype, bias2_dtype;
+  i64 aligned, on_input, per_expert1, per_expert2, second;
+  Constants constants;
+};
+
+DI int units_of(const Args& p, bool second) {
+  return (int)(second ? (p.H + 31) / 32 : (p.I + (GATED ? 15 : 31)) / (GATED ? 16 : 32));
+}
+DI int steps_of(const Args& p, bool second) { return (int)(((second ? p.I : p.H) + 63) / 64); }

@@ -1,0 +1,121 @@
+// Pairs (token, slot) sorted by expert, those of one expert in their order, and the tiles they are computed in. One block,
+// each of whose warps has a run of the pairs: it counts them, and once all have counted it knows where they go.
+//
+//   SEGMENTS    warps
+//   EXPERTS     at least the number of experts
+#include "grouped.cuh"
+
+constexpr int THREADS = 32 * SEGMENTS;
+#ifdef NSET
+#define ROUND_N(c) ((c) <= 32 ? 32 : (c) <= 64 ? 64 : 128)
+#else
+#define ROUND_N(c) (((c) + 15) / 16 * 16)
+#endif
+constexpr int AT_ONCE = 8;
+constexpr int GROUP = 16;  // tiles that share weights: more would not find their tokens in the L2 cache again
+
+DI int expert_of(const Args& p, i64 i) {
+  i64 id = p.ids64 ? ((const i64*)p.ids)[i] : ((const int*)p.ids)[i];
+  if (p.map) id = id >= 0 && id < p.map_size ? (p.map64 ? ((const i64*)p.map)[id] : ((const int*)p.map)[id]) : -1;
+  return id >= 0 && id < p.E ? (int)id : -1;
+}
+
+DI int sum_before(int v, int lane) {
+  int sum = v;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    int other = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += other;
+  }
+  return sum - v;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_constant__ Args p) {
+  extern __shared__ int counts[];  // [SEGMENTS, EXPERTS]
+  int* start = counts + SEGMENTS * EXPERTS;  // [EXPERTS], as are the next two
+  int* length = start + EXPERTS;
+  int* tile = length + EXPERTS;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int pairs = (int)(p.T * p.k), k = (int)p.k, E = (int)p.E;
+  const int run = ((pairs + SEGMENTS - 1) / SEGMENTS + 31) / 32 * 32;
+  const int begin = warp * run, end = min(pairs, begin + run);
+  int* mine = counts + warp * EXPERTS;
+
+  for (int i = threadIdx.x; i < SEGMENTS * EXPERTS; i += THREADS) counts[i] = 0;
+  __syncthreads();
+  for (int first = begin; first < end; first += 32 * AT_ONCE) {
+    int e[AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      int i = first + 32 * u + lane;
+      e[u] = i < end ? expert_of(p, i) : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      int i = first + 32 * u + lane;
+      if (i < end) p.local[i] = (short)e[u];
+      u32 same = __match_any_sync(0xffffffffu, e[u]);
+      if (e[u] >= 0 && (same >> lane) == 1u) mine[e[u]] += __popc(same);
+      __syncwarp();
+    }
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < EXPERTS; e += THREADS) {
+    int total = 0;
+    for (int s = 0; s < SEGMENTS; s++) {
+      int n = counts[s * EXPERTS + e];
+      counts[s * EXPERTS + e] = total;
+      total += n;
+    }
+    length[e] = total;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    int position = 0, tiles = 0;
+    for (int e = lane; e < EXPERTS; e += 32) {
+      int n = length[e], t = (n + MOST_N - 1) / MOST_N;
+      int before = sum_before(n, lane), tiles_before = sum_before(t, lane);
+      start[e] = position + before;
+      tile[e] = tiles + tiles_before;
+      position += __shfl_sync(0xffffffffu, before + n, 31);
+      tiles += __shfl_sync(0xffffffffu, tiles_before + t, 31);
+    }
+    if (lane == 0) p.totals[0] = tiles, p.totals[1] = position;
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < E; e += THREADS) {
+    int n = length[e], t = (n + MOST_N - 1) / MOST_N;
+    if (t == 0) continue;
+    int size = ((n + t - 1) / t + 15) / 16 * 16;
+    for (int i = 0; i < t; i++) {
+      int count = min(size, n - i * size);  // something is left: n > MOST_N * (t - 1)
+      int group = i / GROUP * GROUP;
+      p.tiles[tile[e] + i] = {e, start[e] + i * size, count, ROUND_N(count), tile[e] + group, min(GROUP, t - group), {0, 0}};
+    }
+  }
+  for (int first = begin; first < end; first += 32 * AT_ONCE) {
+    int e[AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      int i = first + 32 * u + lane;
+      e[u] = i < end ? p.local[i] : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      int i = first + 32 * u + lane;
+      u32 same = __match_any_sync(0xffffffffu, e[u]);
+      int rank = __popc(same & ((1u << lane) - 1)), before = e[u] >= 0 ? mine[e[u]] : 0;
+      __syncwarp();
+      if (e[u] >= 0 && (same >> lane) == 1u) mine[e[u]] = before + rank + 1;
+      __syncwarp();
+      if (e[u] >= 0) {
+        int at = start[e[u]] + before + rank;
+        p.source[at] = i / k;
+        p.expert[at] = (short)e[u];
+        p.position[i] = at;
+      } else if (i < end) {
+        p.position[i] = -1;
+      }
+    }
+  }
+}

@@ -1,0 +1,83 @@
+"""The two ways to run a layer on a GPU: what each needs, and which one is taken."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from mxperts.backend.gpu.cuda import compiler
+from mxperts.errors import ArgumentError, BackendUnavailable
+from mxperts.formats.naming import suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """One way to run ``fused_experts``.
+
+    Attributes:
+        name: what ``use_path`` calls it.
+        summary: one line for people.
+    """
+
+    name: str
+    summary: str
+
+
+CUDA = Path(name="cuda", summary="CUDA kernels on prepared weights, bf16 matrix units, sums in float32")
+TRITON = Path(name="triton", summary="Triton kernels on weights as checkpoints have them, sums in float32")
+PATHS = (CUDA, TRITON)
+"""The better first."""
+
+
+@lru_cache
+def cuda_refuses(device: torch.device) -> str | None:
+    """Why kernels in CUDA cannot run on a device; None if they can."""
+    if torch.version.hip is not None:
+        return "this is not an NVIDIA GPU"
+    return compiler.why_not()
+
+
+class _Forced(threading.local):
+    path: Path | None = None
+
+
+_forced = _Forced()
+
+
+@contextmanager
+def use_path(name: str) -> Iterator[None]:
+    """Within the ``with`` block this thread prepares weights for, and runs calls on, one path, or raises.
+
+    Raises:
+        ArgumentError: no path has this name.
+    """
+    named = {path.name: path for path in PATHS}
+    if name not in named:
+        raise ArgumentError(f"unknown path {name!r}; {suggest(name, named)}")
+    before, _forced.path = _forced.path, named[name]
+    try:
+        yield
+    finally:
+        _forced.path = before
+
+
+def forced() -> Path | None:
+    """The path that ``use_path`` asks for."""
+    return _forced.path
+
+
+def choose(device: torch.device) -> Path:
+    """The path that weights on a device are prepared for.
+
+    Raises:
+        BackendUnavailable: the path that ``use_path`` asks for cannot run there.
+    """
+    why = cuda_refuses(device)
+    if _forced.path is CUDA and why is not None:
+        raise BackendUnavailable(f"path 'cuda' cannot run on {device}: {why}")
+    return _forced.path or (TRITON if why is not None else CUDA)
