@@ -113,6 +113,7 @@ BACKENDS = (
 )
 """In the order in which "auto" asks them."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """The answer to "which backend?".

@@ -12,6 +12,7 @@ from mxperts.formats import BlockFormat, NonFinite, Preset, Recipe, Role, Roundi
 from mxperts.formats import format as lookup
 from mxperts.formats import recipe as make_recipe
 from mxperts.ops.dispatch import Problem, run
+from mxperts.ops.eager import is_eager
 from mxperts.tensor import MXTensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,6 +67,8 @@ def quantize(
     _check(x, choices, generator)
     if generator is not None:  # a generator cannot pass through an operator's schema
         packed, scales = run(backend, _problem("quantize", x, fmt), x, fmt, choices, generator)
+    elif is_eager(x):
+        packed, scales = run(backend, _problem("quantize", x, fmt), x, fmt, choices)
     else:
         packed, scales = _quantize_op(x, fmt.name, choices.encode(), backend)
     return MXTensor(packed, scales, fmt, x.shape[-1])
@@ -92,6 +95,8 @@ def dequantize(t: MXTensor, dtype: torch.dtype = torch.bfloat16, *, backend: str
         raise ArgumentError(f"t must be an MXTensor, not {type(t).__name__}; MXTensor.from_packed makes one")
     if dtype not in (*FLOAT_DTYPES, torch.float64):
         raise ArgumentError(f"dtype must be float32, bfloat16, float16 or float64, not {dtype}")
+    if is_eager(t.packed, t.scales):
+        return _dequantize(t.packed, t.scales, t.format, t.k, dtype, backend)
     values: Tensor = _dequantize_op(t.packed, t.scales, t.format.name, t.k, dtype, backend)
     return values
 
@@ -126,6 +131,8 @@ def fake_quantize(
     _check(x, choices, generator)
     if generator is not None:
         values: Tensor = _StochasticFakeQuantize.apply(x, fmt, choices, generator, backend)  # type: ignore[no-untyped-call]
+    elif is_eager(x):
+        values = run(backend, _problem("fake_quantize", x, fmt), x, fmt, choices)
     else:
         values = _fake_quantize_op(x, fmt.name, choices.encode(), backend)
     return values
@@ -167,9 +174,12 @@ def _(x: Tensor, fmt: str, recipe: str, backend: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("mxperts::dequantize", mutates_args=())
 def _dequantize_op(packed: Tensor, scales: Tensor, fmt: str, k: int, dtype: torch.dtype, backend: str) -> Tensor:
-    f = lookup(fmt)
-    problem = Problem(op="dequantize", device=packed.device, dtype=dtype, weight=f)
-    values: Tensor = run(backend, problem, packed, scales, f, k, dtype)
+    return _dequantize(packed, scales, lookup(fmt), k, dtype, backend)
+
+
+def _dequantize(packed: Tensor, scales: Tensor, fmt: BlockFormat, k: int, dtype: torch.dtype, backend: str) -> Tensor:
+    problem = Problem(op="dequantize", device=packed.device, dtype=dtype, weight=fmt)
+    values: Tensor = run(backend, problem, packed, scales, fmt, k, dtype)
     return values
 
 

@@ -164,7 +164,7 @@ def _compile(name: str, texts: Mapping[str, str], options: list[str]) -> bytes:
     code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(program)
-    return code
+    return bytes(code)
 
 
 @lru_cache

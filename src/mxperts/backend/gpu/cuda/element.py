@@ -14,8 +14,8 @@ _BF16_BIAS, _BF16_MANTISSA = 127, 7
 class Bf16Rule:
     """A format's way from codes to bf16. Patterns are bf16 numbers; with a power of two they become the elements.
 
-    The exponent and mantissa bits of a float element, put where bf16 has its own, are a bf16 number, subnormal where the
-    element is, that differs from the element by the difference of the exponents' biases.
+    The exponent and mantissa bits of a float element, put where bf16 has its own, are a bf16 number, subnormal where
+    the element is, that differs from the element by the difference of the exponents' biases.
 
     Attributes:
         bits: width of a code.

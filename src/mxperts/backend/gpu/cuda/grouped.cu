@@ -2,9 +2,12 @@
 // has one unit of 32 of those rows, whose codes it decodes in registers as the A of its products, and all of the tile's
 // tokens, which are B in shared memory. Sums stay in registers over all of K.
 //
-// With WGMMA four warps copy, two groups of four compute. Otherwise eight warps do both.
+// With WGMMA two groups of four warps compute and others copy: four, which leave their registers to those that compute, or, for
+// so few tokens a tile that two blocks fit on a multiprocessor, one. Otherwise eight warps do both.
 //
-//   STAGES      steps of 64 of K that are in shared memory
+//   STAGES        steps of 64 of K that are in shared memory
+//   COPY_WARPS    4, 1 or, without WGMMA, 0
+//   BLOCKS        of a multiprocessor
 #include "grouped.cuh"
 #if WGMMA
 #include "wgmma.cuh"
@@ -15,7 +18,7 @@ constexpr int ROW = 128;                        // bytes of a token's inputs in 
 constexpr int PLANE = MOST_N * ROW;
 constexpr int WEIGHTS = PLANES * PLANE;         // where they begin in a stage
 constexpr int STAGE = (WEIGHTS + UNITS * SLICE + 1023) / 1024 * 1024;
-constexpr int THREADS = WGMMA ? 384 : 256;
+constexpr int COMPUTE_THREADS = 32 * UNITS, THREADS = COMPUTE_THREADS + 32 * COPY_WARPS;
 
 // 1024-byte aligned, as the swizzle wants it.
 DI u32 stages_at(const u8* shared) { return (shared_address(shared) + 1023) & ~1023u; }
@@ -116,11 +119,7 @@ template <int N> DI void store_results(const Args& p, const Projection& q, const
   }
 }
 
-#ifdef NSET
-#define FOR_EACH_N(X) X(32) X(64) X(128)
-#else
 #define FOR_EACH_N(X) X(16) X(32) X(48) X(64) X(80) X(96) X(112) X(128)
-#endif
 
 #if WGMMA
 // ---- with copying and computing warps ------------------------------------------------------------------------------
@@ -154,18 +153,18 @@ struct Turn {
 constexpr int LAG = STAGES > 4 ? 3 : STAGES - 2;  // steps whose copies are on their way while those of the next are begun
 
 DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u32 full, u32 empty) {
-  const int thread = threadIdx.x, chunk = thread & 7, row = thread >> 3;
+  constexpr int ROWS = 4 * COPY_WARPS;  // that are copied at once, eight threads a row
+  const int thread = threadIdx.x - COMPUTE_THREADS, chunk = thread & 7, row = thread >> 3;
   Turn turn = {0, 0}, ready = {0, 0};
   int begun = 0;
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const Item item(p, q, i);
     const int units = min(UNITS, q.units - item.unit);
-    u32 from[MOST_N / 16];
+    u32 from[MOST_N / ROWS];
 #pragma unroll
-    for (int r = 0; r < MOST_N / 16; r++) from[r] = 16 * r < item.tile.n ? q.row(item.tile, row + 16 * r) : 0;
+    for (int r = 0; r < MOST_N / ROWS; r++) from[r] = ROWS * r < item.tile.n ? q.row(item.tile, row + ROWS * r) : 0;
     const u8* weights = q.unit(item.tile, item.unit + (thread < units ? thread : 0));
     const u8* inputs = (const u8*)q.x + chunk * 16;
-    const u32 to = row * ROW + ((chunk ^ (row & 7)) << 4);
     for (int step = 0; step < q.steps; step++) {
       const u32 stage = stages + turn.stage * STAGE, barrier = full + 8 * turn.stage;
       barrier_wait(empty + 8 * turn.stage, turn.phase ^ 1);
@@ -175,11 +174,12 @@ DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u3
         if (thread < units) copy_bulk(stage + WEIGHTS + thread * SLICE, weights, SLICE, barrier);
       }
 #pragma unroll
-      for (int r = 0; r < MOST_N / 16; r++) {
-        if (16 * r < item.tile.n) {
+      for (int r = 0; r < MOST_N / ROWS; r++) {
+        if (ROWS * r < item.tile.n) {
+          const int n = row + ROWS * r;
 #pragma unroll
           for (int plane = 0; plane < PLANES; plane++)
-            copy16(stage + plane * PLANE + to + r * 16 * ROW, inputs + from[r] * (u64)16 + plane * q.plane);
+            copy16(stage + plane * PLANE + n * ROW + ((chunk ^ (n & 7)) << 4), inputs + from[r] * (u64)16 + plane * q.plane);
         }
       }
       commit_copies();
@@ -243,34 +243,12 @@ DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn
   barrier_wait(full + 8 * turn.stage, turn.phase);
   Slices s = load_slice(stages + turn.stage * STAGE + own, lane);
   decode_block<0>(s, a[0]);
-#ifdef EARLY
-  u32 read = 0;
-#endif
   for (int step = 0; step < q.steps; step++) {
     // 128-byte rows, swizzled, 1024 bytes for each eight of them.
     const u64 tokens = (u64)1 << 62 | (u64)64 << 32 | (u64)1 << 16 | (u64)(((stages + turn.stage * STAGE) & 0x3ffff) >> 4);
     wgmma_begin();
     multiply_block<N, 0>(c, a[0], tokens);
     wgmma_commit();
-#ifdef EARLY
-    wgmma_wait<1>();
-    if (step > 0 && lane == 0) barrier_arrive(empty + 8 * read);
-    read = turn.stage;
-    decode_block<1>(s, a[1]);
-    wgmma_begin();
-    multiply_block<N, 1>(c, a[1], tokens);
-    wgmma_commit();
-    turn.advance();
-    wgmma_wait<1>();
-    if (step + 1 < q.steps) {
-      barrier_wait(full + 8 * turn.stage, turn.phase);
-      s = load_slice(stages + turn.stage * STAGE + own, lane);
-      decode_block<0>(s, a[0]);
-    }
-  }
-  wgmma_wait<0>();
-  if (lane == 0) barrier_arrive(empty + 8 * read);
-#else
     decode_block<1>(s, a[1]);
     wgmma_wait<0>();
     wgmma_begin();
@@ -286,7 +264,6 @@ DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(empty + 8 * read);
   }
-#endif
 #pragma unroll
   for (int cell = 0; cell < 2; cell++) {
 #pragma unroll
@@ -298,13 +275,13 @@ DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn
   store_results<N>(p, q, item, item.unit + warp, c, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped(const __grid_constant__ Args p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped(const __grid_constant__ Args p) {
   extern __shared__ u8 shared[];
   __shared__ u64 barriers[2 * STAGES];
   const u32 stages = stages_at(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, 129);
+      barrier_init(full + 8 * i, 32 * COPY_WARPS + 1);
       barrier_init(empty + 8 * i, UNITS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -313,12 +290,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped(const __grid_co
   __syncthreads();
   const Projection q(p);
   const int items = p.totals[0] * q.items_of_tile;
-  if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  if (threadIdx.x >= COMPUTE_THREADS) {
+    if constexpr (COPY_WARPS == 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     copy_items(p, q, items, stages, full, empty);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4;
+    if constexpr (COPY_WARPS == 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Turn turn = {0, 0};
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
       const Item item(p, q, i);
@@ -401,7 +378,7 @@ DI void compute(const Args& p, const Projection& q, const Item& item, const u32*
   store_results<N>(p, q, item, item.unit + warp, c, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped(const __grid_constant__ Args p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped(const __grid_constant__ Args p) {
   extern __shared__ u8 shared[];
   __shared__ u32 rows[MOST_N];
   const Projection q(p);

@@ -6,14 +6,14 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxperts.backend.gpu.cuda.compiler import Kernel
-from mxperts.backend.gpu.cuda.decode import FUNCTIONS
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
-from mxperts.backend.gpu.cuda.macros import DTYPES, hidden_macros, quantised, weight_macros
+from mxperts.backend.gpu.cuda.macros import DTYPES, function_macros, hidden_macros, quantised, weight_macros
 from mxperts.formats import Activation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
@@ -155,7 +155,7 @@ def has_wgmma(device: int) -> bool:
 @lru_cache(maxsize=256)
 def _kernels(layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str, device: int) -> _Kernels:
     assert layout.weight is not None
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     wgmma = has_wgmma(device)
     hidden = hidden_macros(dtype, activation)
     experts = -(-layout.experts // 64) * 64
@@ -166,9 +166,7 @@ def _kernels(layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, 
         **weight_macros(layout.weight),
         **hidden.macros(),
         **quantised(activation),
-        "FUNCTION": str(FUNCTIONS.index(function.removesuffix("_no_mul"))),
-        "GATED": str(int(layout.gated)),
-        "INTERLEAVED": str(int(layout.interleaved)),
+        **function_macros(function, layout.interleaved),
         "WGMMA": str(int(wgmma)),
         "MOST_N": str(tokens_of_tile(hidden.planes)),
     }

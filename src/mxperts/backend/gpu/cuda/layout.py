@@ -1,8 +1,8 @@
 """The layout of prepared weights: what one lane of a warp needs for its share of a matrix product stands together.
 
-A *cell* is 16 rows times 64 values of K, the A operand of four ``mma.m16n8k16``. Lane ``4 g + t`` of a warp holds rows g
-and g + 8 and, of each of the cell's two blocks of 32, the values k = 8 t ... 8 t + 7: the order of K within a product is
-free as long as both operands have the same. A *slice* is two cells one below the other, their codes first and then
+A *cell* is 16 rows times 64 values of K, the A operand of four ``mma.m16n8k16``. Lane ``4 g + t`` of a warp holds rows
+g and g + 8 and, of each of the cell's two blocks of 32, the values k = 8 t ... 8 t + 7: the order of K within a product
+is free as long as both operands have the same. A *slice* is two cells one below the other, their codes first and then
 their scales; a *unit* is 32 rows, all its slices along K in a row, so that a warp streams contiguous memory.
 
 In ``gate_up_proj`` a cell's first 8 rows are gate rows and its last 8 the up rows of the same 8 intermediate values,
@@ -153,20 +153,20 @@ class Tiles:
             main = _words(cells[..., : LANES * 16].reshape(*lead, 8, 4, 16)).unflatten(-1, (2, 2))
             codes = torch.zeros(*lead, 2, 8, 4, 2, 8, dtype=torch.int32, device=cells.device)
             rest = torch.zeros_like(codes)
-            low = _words(cells[..., LANES * 16 :].reshape(*lead, 8, 4, -1)) if self._rest_bits else None
+            low = _words(cells[..., LANES * 16 :].reshape(*lead, 8, 4, -1)) if self._rest_bits else main[..., 0]
             for m in range(2):
                 for a, h in _registers():
                     at = (..., a & 1, 4 * m + (a & 2) + h)
                     for bit, to in zip((3, 2, 1, 0), _NIBBLES[a], strict=True):
                         codes[at] |= ((main[..., m] >> (to + 16 * h)) & 1).permute(0, 1, 2, 5, 3, 4) << bit
-                    for bit, to in enumerate(self._rest_places(4 * m + a) if low is not None else ()):
-                        rest[at] |= ((low >> (to + 16 * h)) & 1).permute(0, 1, 2, 5, 3, 4) << bit  # type: ignore[operator]
+                    for bit, to in enumerate(self._rest_places(4 * m + a) if self._rest_bits else ()):
+                        rest[at] |= ((low >> (to + 16 * h)) & 1).permute(0, 1, 2, 5, 3, 4) << bit
             codes = self._join(codes, rest).to(torch.uint8)
         # unit, step, cell, block, g, t, half, i  ->  unit, cell, half, g, step, block, t, i
         return codes.permute(0, 2, 6, 4, 1, 3, 5, 7).reshape(self.units * UNIT_ROWS, self.steps * STEP)
 
-    # Six bits are a nibble that a four-bit format would have, in the same place, and two more. Of E2M3 those are the last
-    # two of the mantissa; of E3M2 the first of the exponent and the last of the mantissa, four places apart.
+    # Six bits are a nibble that a four-bit format would have, in the same place, and two more. Of E2M3 those are the
+    # last two of the mantissa; of E3M2 the first of the exponent and the last of the mantissa, four places apart.
 
     @property
     def _rest_bits(self) -> int:

@@ -61,7 +61,8 @@ def quantised(activation: Activation) -> dict[str, str]:
     if not isinstance(activation, BlockFormat):
         return {"QDQ": str({None: 0, FP8_STATIC: 2, FP8_DYNAMIC: 3}[activation])}
     rule = block_rule(activation, recipe(activation, Role.ACTIVATION))
-    assert not (rule.truncates or rule.ties_away or rule.ties_toward_zero), "activations are rounded to nearest even"
+    to_even = not any((rule.truncates, rule.ties_away, rule.ties_toward_zero))
+    assert to_even, "kernels round activations to the nearest even"
     largest = torch.tensor(rule.largest, dtype=torch.float32).view(torch.int32)
     return {
         "QDQ": "1",

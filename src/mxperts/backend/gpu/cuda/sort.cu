@@ -6,11 +6,6 @@
 #include "grouped.cuh"
 
 constexpr int THREADS = 32 * SEGMENTS;
-#ifdef NSET
-#define ROUND_N(c) ((c) <= 32 ? 32 : (c) <= 64 ? 64 : 128)
-#else
-#define ROUND_N(c) (((c) + 15) / 16 * 16)
-#endif
 constexpr int AT_ONCE = 8;
 constexpr int GROUP = 16;  // tiles that share weights: more would not find their tokens in the L2 cache again
 
@@ -18,6 +13,17 @@ DI int expert_of(const Args& p, i64 i) {
   i64 id = p.ids64 ? ((const i64*)p.ids)[i] : ((const int*)p.ids)[i];
   if (p.map) id = id >= 0 && id < p.map_size ? (p.map64 ? ((const i64*)p.map)[id] : ((const int*)p.map)[id]) : -1;
   return id >= 0 && id < p.E ? (int)id : -1;
+}
+
+// Which lanes have the same expert, bit by bit: __match_any_sync takes a time for each that there is.
+DI u32 same_expert(int e) {
+  u32 there = __ballot_sync(0xffffffffu, e >= 0), same = e >= 0 ? there : ~there;
+#pragma unroll
+  for (int bit = 1; bit < EXPERTS; bit *= 2) {
+    u32 set = __ballot_sync(0xffffffffu, e & bit);
+    same &= e & bit ? set : ~set;
+  }
+  return same;
 }
 
 DI int sum_before(int v, int lane) {
@@ -54,9 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
     for (int u = 0; u < AT_ONCE; u++) {
       int i = first + 32 * u + lane;
       if (i < end) p.local[i] = (short)e[u];
-      u32 same = __match_any_sync(0xffffffffu, e[u]);
-      if (e[u] >= 0 && (same >> lane) == 1u) mine[e[u]] += __popc(same);
-      __syncwarp();
+      if (e[u] >= 0) atomicAdd(mine + e[u], 1);
     }
   }
   __syncthreads();
@@ -90,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
     for (int i = 0; i < t; i++) {
       int count = min(size, n - i * size);  // something is left: n > MOST_N * (t - 1)
       int group = i / GROUP * GROUP;
-      p.tiles[tile[e] + i] = {e, start[e] + i * size, count, ROUND_N(count), tile[e] + group, min(GROUP, t - group), {0, 0}};
+      p.tiles[tile[e] + i] = {e, start[e] + i * size, count, (count + 15) / 16 * 16, tile[e] + group, min(GROUP, t - group), {0, 0}};
     }
   }
   for (int first = begin; first < end; first += 32 * AT_ONCE) {
@@ -103,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       int i = first + 32 * u + lane;
-      u32 same = __match_any_sync(0xffffffffu, e[u]);
+      u32 same = same_expert(e[u]);
       int rank = __popc(same & ((1u << lane) - 1)), before = e[u] >= 0 ? mine[e[u]] : 0;
       __syncwarp();
       if (e[u] >= 0 && (same >> lane) == 1u) mine[e[u]] = before + rank + 1;

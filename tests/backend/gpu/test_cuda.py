@@ -1,0 +1,171 @@
+"""fused_experts on prepared weights, by every kernel in CUDA: these need an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import bounds
+import pytest
+import torch
+from layers import FORMATS, PAIRS, E, Layer, to
+from torch import Tensor
+
+import mxperts as mx
+from mxperts.backend.gpu import experts as dispatcher
+from mxperts.backend.gpu import paths
+from mxperts.backend.gpu.prepared import are_tiles
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = ("single", "decode", "grouped")
+SLACK = 2.0**-15
+"""Of the activation function, relative: an exponential of a number that is itself rounded. float32 has none of it."""
+
+
+@pytest.fixture(autouse=True)
+def needs_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    activate = bounds.activate
+
+    def loosely(h: bounds.Interval, *arguments: Any) -> bounds.Interval:
+        a = activate(h, *arguments)
+        return bounds.Interval(a.mid, a.error + SLACK * abs(a.mid) + 2.0**-126)
+
+    # Matrix units truncate; sums of parts are rounded besides.
+    monkeypatch.setattr(bounds, "roundings", lambda paths, k, dtype, activation: 2 * k + 64)
+    monkeypatch.setattr(bounds, "activate", loosely)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """One of the kernels, which then runs every call."""
+    monkeypatch.setattr(dispatcher, "choose_kernel", lambda call: getattr(dispatcher, request.param))
+    with paths.use_path("cuda"):
+        yield request.param
+
+
+def on_gpu(layer: Layer, **changes: Any) -> Tensor:
+    return layer.run("gpu", "cuda", prepare=True, **changes).cpu()
+
+
+@pytest.mark.parametrize(("i", "fmt", "activation_format"), [(i, *pair) for i, pair in enumerate(PAIRS)])
+def test_exact_sums(i: int, fmt: str, activation_format: str | None, kernel: str) -> None:
+    """Integers: no sum is rounded, and the result is the reference's where the activation function leaves no choice."""
+    layer = Layer(i, fmt, activation_format, integers=True)
+    expected, limits = layer.run("reference"), layer.bounds()
+    y = on_gpu(layer)
+    bounds.assert_within(y, limits)
+    if layer.name.startswith("relu2"):
+        same = limits[2] & (limits[0] == limits[1]).all(1)
+        assert torch.equal(y[same], expected[same])
+
+
+@pytest.mark.parametrize(("i", "fmt", "activation_format"), [(i, *pair) for i, pair in enumerate(PAIRS)])
+def test_random_numbers(i: int, fmt: str, activation_format: str | None, kernel: str) -> None:
+    layer = Layer(i + 60, fmt, activation_format, integers=False)
+    y = on_gpu(layer)
+    assert y.dtype is layer.dtype
+    bounds.assert_within(y, layer.bounds())
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_prepared_weights_come_back(fmt: str) -> None:
+    layer = Layer(3, fmt, None, integers=False)
+    prepared = mx.prepare(*to("cuda", (layer.gate_up, layer.down)), interleaved=layer.interleaved, backend="gpu")
+    assert are_tiles(prepared.weights)
+    for found, given in zip(prepared.unprepare(), (layer.gate_up, layer.down), strict=True):
+        assert torch.equal(found.packed.cpu(), given.packed)
+        assert torch.equal(found.scales.cpu(), given.scales)
+
+
+@pytest.mark.parametrize("scale", [0, 10, 200, 255])
+def test_weights_that_tiles_cannot_hold_stay_as_they_are(scale: int) -> None:
+    layer = Layer(0, "mxfp4", None, integers=True)
+    layer.gate_up.scales[1, 0, 0] = scale
+    layer.gate_up.packed[1, 0, 0] = 1
+    prepared = mx.prepare(*to("cuda", (layer.gate_up, layer.down)), interleaved=layer.interleaved, backend="gpu")
+    assert not are_tiles(prepared.weights)
+    with paths.use_path("cuda"), pytest.raises(mx.BackendUnavailable, match="ends of the range"):
+        mx.prepare(*to("cuda", (layer.gate_up, layer.down)), backend="gpu")
+
+
+def layer_of(tokens: int, k: int, activation_format: str | None = "mxfp4") -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(0)
+    gate_up = mx.quantize(torch.randn(E, 192, 128, generator=g) / 8, "mxfp4", backend="reference")
+    down = mx.quantize(torch.randn(E, 128, 96, generator=g) / 8, "mxfp4", backend="reference")
+    prepared = mx.prepare(*to("cuda", (gate_up, down)), backend="gpu")
+    x, ids = torch.randn(tokens, 128, generator=g).bfloat16(), torch.randint(E, (tokens, k), generator=g)
+    return prepared, *to("cuda", (x, ids, torch.rand(tokens, k, generator=g)))
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+@pytest.mark.parametrize("activation_format", [None, "mxfp4", "fp8_dynamic"])
+def test_graphs_follow_the_routing(tokens: int, activation_format: str | None) -> None:
+    """Captured once, replayed with other tokens and experts; bit for bit what eager calls give."""
+    prepared, x, ids, weights = layer_of(tokens, 2)
+
+    def run() -> Tensor:
+        return mx.fused_experts(x, prepared, None, ids, weights, activation_format=activation_format, backend="gpu")
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        x.copy_(torch.randn(x.shape, generator=g))
+        ids.copy_(torch.randint(-1, E, ids.shape, generator=g))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, run())
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_the_same_bits_every_time_and_on_every_stream(tokens: int) -> None:
+    prepared, x, ids, weights = layer_of(tokens, 2)
+    results, streams = [], [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for i in range(20):
+        with torch.cuda.stream(streams[i % 4]):
+            results.append(mx.fused_experts(x, prepared, None, ids, weights, activation_format="mxfp4", backend="gpu"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(results[0], y) for y in results)
+
+
+def test_compiled_whole() -> None:
+    prepared, x, ids, weights = layer_of(5, 2)
+    compiled = torch.compile(
+        lambda x, ids, weights: mx.fused_experts(x * 2, prepared, None, ids, weights, backend="gpu"), fullgraph=True
+    )
+    assert torch.equal(compiled(x, ids, weights), mx.fused_experts(x * 2, prepared, None, ids, weights, backend="gpu"))
+
+
+def test_ids_out_of_range_contribute_nothing(kernel: str) -> None:
+    prepared, x, ids, weights = layer_of(9, 2)
+    ids[0, 1], ids[1, 0], ids[2, 1] = E, 2**40, -7
+    y = mx.fused_experts(x, prepared, None, ids, weights, backend="gpu")
+    ids[(ids < 0) | (ids >= E)] = -1
+    weights[ids < 0] = torch.nan
+    assert torch.equal(y, mx.fused_experts(x, prepared, None, ids, weights, backend="gpu"))
+
+
+def test_all_tokens_to_one_expert_and_none_to_any(kernel: str) -> None:
+    prepared, x, ids, weights = layer_of(30 if kernel == "single" else 250, 2)
+    gate_up, down = prepared.unprepare()
+    for expert in (2, -1):
+        ids.fill_(expert)
+        y = mx.fused_experts(x, prepared, None, ids, weights, backend="gpu").double()
+        expected = mx.fused_experts(x, gate_up, down, ids, weights, backend="reference").double()
+        assert (y - expected).norm() <= 3e-3 * expected.norm()
+
+
+def test_backend_and_path_explain_themselves() -> None:
+    assert mx.explain(device="cuda", weight="mxfp4").how.startswith("path cuda")
+    with paths.use_path("triton"):
+        assert mx.explain(device="cuda", weight="mxfp4").how.startswith("path triton")
+    prepared, x, ids, weights = layer_of(3, 2)
+    with paths.use_path("triton"), pytest.raises(mx.BackendUnavailable, match="unprepare"):
+        mx.fused_experts(x, prepared, None, ids, weights, backend="gpu")

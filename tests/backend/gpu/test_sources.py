@@ -1,0 +1,93 @@
+"""The CUDA sources and how they are launched, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxperts.backend.gpu.cuda import compiler, decode, single
+from mxperts.backend.gpu.cuda.layout import Tiles
+from mxperts.backend.gpu.cuda.macros import FUNCTIONS, function_macros, hidden_macros, quantised, weight_macros
+from mxperts.errors import BackendUnavailable, MxpertsError
+from mxperts.formats import BLOCK_FORMATS, MXFP4
+from mxperts.ops.activation import ACTIVATIONS
+
+needs_compiler = pytest.mark.skipif(compiler.why_not() is not None, reason=str(compiler.why_not()))
+LAUNCH = {
+    "decode": {"PAIRS": "64", "EXPERTS": "64", "ALL_WARPS": "24", "DEPTH": "4"},
+    "single": {"SLOTS": "8", "WARPS1": "8", "DEEP1": "1", "WARPS2": "16", "DEEP2": "2"},
+}
+ACTIVATION_FORMATS = (None, *BLOCK_FORMATS, "fp8_static", "fp8_dynamic")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", LAUNCH)
+@pytest.mark.parametrize("i", range(9))
+def test_every_choice_compiles(source: str, i: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight format, activation format, function and dtype once at least, for the oldest and the newest."""
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
+    activation = ACTIVATION_FORMATS[i]
+    macros = {
+        **weight_macros(BLOCK_FORMATS[i % 6]),
+        **hidden_macros(DTYPES[i % 3], activation).macros(),
+        **quantised(activation),
+        **function_macros(list(ACTIVATIONS)[i], i % 2 == 0),
+        **LAUNCH[source],
+    }
+    for capability in ((8, 0), (9, 0)):
+        code = compiler.machine_code(source, macros, capability)
+        assert code[:4] == b"\x7fELF"
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(compiler, "_compile", lambda *arguments: pytest.fail("compiled again"))
+    assert compiler.machine_code(source, macros, (9, 0)) == code
+
+
+@needs_compiler
+def test_what_does_not_compile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "cache_folder", lambda: None)
+    with pytest.raises(MxpertsError, match=r"decode.cu does not compile for --gpu-architecture=sm_80"):
+        compiler.machine_code("decode", {}, (8, 0))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "why_not", lambda: "there is none")
+    with pytest.raises(BackendUnavailable, match="there is none"):
+        compiler.machine_code("decode", {}, (8, 0))
+
+
+def test_sources_travel_with_the_package() -> None:
+    names = {file.name for file in resources.files("mxperts.backend.gpu.cuda").iterdir()}
+    assert {"common.cuh", "decode.cu", "single.cu"} <= names
+
+
+def test_functions_have_numbers() -> None:
+    assert {name.removesuffix("_no_mul") for name in ACTIVATIONS} == set(FUNCTIONS)
+
+
+def test_items_fill_the_grid() -> None:
+    """No split leaves more than a third of the warps without work, unless there is too little of it."""
+    for units, steps in itertools.product((4, 90, 720, 5220, 20000), (1, 12, 45, 224)):
+        n, workers = decode.parts(units, steps, 132 * 24), 132 * 24
+        assert 1 <= n <= min(steps, decode.MOST_PARTS)
+        items = units * n
+        if steps >= decode.MOST_PARTS and items > workers:
+            assert items / (-(-items // workers) * workers) > 2 / 3
+
+
+def test_groups_are_as_many_as_pairs_or_experts() -> None:
+    assert decode.expected_groups(1, 128) == 1
+    assert decode.expected_groups(4, 128) == 4
+    assert decode.expected_groups(512, 8) == 64
+    assert 100 < decode.expected_groups(256, 128) < 128
+    assert decode.expected_groups(8, 1) == 1
+
+
+def test_a_warp_has_several_slices_at_a_time_where_it_has_few() -> None:
+    few, many = Tiles(format=MXFP4, rows=2048, k=768), Tiles(format=MXFP4, rows=2880, k=2880)
+    assert single.choose(8, few).deep2 == 2
+    assert single.choose(4, many).deep2 == 1
