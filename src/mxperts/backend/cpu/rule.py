@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mxperts.backend.bits import scale_step
 from mxperts.errors import ArgumentError
 from mxperts.formats import (
     SCALE_BIAS,
@@ -100,8 +101,7 @@ def block_rule(fmt: BlockFormat, recipe: Recipe) -> BlockRule:
     integer = not element.has_signed_zero
     mantissa_bits = element.mantissa_bits - integer
     emin = 1 - element.bias - integer
-    fraction = int((element.max / 2.0**element.emax - 1) * 2**23)
-    carry, step = _scale_step(recipe, element.mantissa_bits, fraction)
+    carry, step = scale_step(recipe, element)
     half, down, even = _ROUNDINGS[recipe.rounding]
     largest = bits_of(element.max)
     top_exponent = ((1 << element.exponent_bits) - 1) << element.mantissa_bits
@@ -131,27 +131,6 @@ def block_rule(fmt: BlockFormat, recipe: Recipe) -> BlockRule:
         nan_code=len(element.magnitudes) - (element.encoding is not Encoding.IEEE),
         bits=element.bits,
     )
-
-
-def _scale_step(recipe: Recipe, mantissa_bits: int, fraction: int) -> tuple[int, int]:
-    """What is added to the 23-bit fraction of amax, and to its exponent besides the carry.
-
-    Args:
-        mantissa_bits: of the element format.
-        fraction: the 23-bit fraction of its largest element.
-    """
-    match recipe.scale_rule:
-        case ScaleRule.FLOOR:
-            return 0, 0
-        case ScaleRule.EVEN:
-            bits = mantissa_bits if recipe.even_bits is None else recipe.even_bits
-            return (1 << (22 - bits) if bits <= 22 else 0), 0
-        case ScaleRule.RCEIL:
-            return 0x7FFFFF - fraction, 0
-        case ScaleRule.CEIL:
-            return 0x7FFFFF, 0
-        case ScaleRule.RFLOOR:
-            return 0x800000 - fraction, -1
 
 
 def bits_of(value: float) -> int:

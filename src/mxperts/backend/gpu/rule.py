@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from mxperts.backend.bits import scale_step
 from mxperts.errors import ArgumentError
 from mxperts.formats import (
     SCALE_BIAS,
@@ -114,7 +115,7 @@ def block_rule(fmt: BlockFormat, recipe: Recipe) -> BlockRule:
         raise ArgumentError("stochastic rounding needs a generator: pass generator=torch.Generator()")
     element = fmt.element
     integer = not element.has_signed_zero
-    carry, step = _scale_step(recipe, element.mantissa_bits, int((element.max / 2.0**element.emax - 1) * 2**23))
+    carry, step = scale_step(recipe, element)
     return BlockRule(
         element=element_rule(fmt),
         scale_carry=carry,
@@ -132,24 +133,3 @@ def block_rule(fmt: BlockFormat, recipe: Recipe) -> BlockRule:
         nan_saturates=recipe.nan is NonFinite.SATURATE,
         inf_saturates=recipe.inf is NonFinite.SATURATE,
     )
-
-
-def _scale_step(recipe: Recipe, mantissa_bits: int, fraction: int) -> tuple[int, int]:
-    """What is added to the 23-bit fraction of amax, and to its exponent besides the carry.
-
-    Args:
-        mantissa_bits: of the element format.
-        fraction: the 23-bit fraction of its largest element.
-    """
-    match recipe.scale_rule:
-        case ScaleRule.FLOOR:
-            return 0, 0
-        case ScaleRule.EVEN:
-            bits = mantissa_bits if recipe.even_bits is None else recipe.even_bits
-            return (1 << (22 - bits) if bits <= 22 else 0), 0
-        case ScaleRule.RCEIL:
-            return 0x7FFFFF - fraction, 0
-        case ScaleRule.CEIL:
-            return 0x7FFFFF, 0
-        case ScaleRule.RFLOOR:
-            return 0x800000 - fraction, -1
