@@ -107,10 +107,21 @@ def test_the_integer_formats_are_named() -> None:
     assert f"Elements of {', '.join(names[:-1])} and {names[-1]} are 8-bit integers" in read("cpu.md")
 
 
-def test_every_file_of_the_cpu_backend_is_in_its_map() -> None:
-    files = {f.name for f in (ROOT / "src/mxperts/backend/cpu").glob("[!_]*.py")}
-    (rows,) = re.findall(r"^\| file \| what \|\n(.*?)\n\n", read("cpu.md"), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "nth", "folder"), [("cpu.md", 0, "cpu"), ("gpu.md", 0, "gpu"), ("gpu.md", 1, "gpu/cuda")]
+)
+def test_every_file_of_a_backend_is_in_its_map(page: str, nth: int, folder: str) -> None:
+    files = {f.name for f in (ROOT / "src/mxperts/backend" / folder).glob("[!_]*.py")}
+    rows = re.findall(r"^\| file \| what \|\n(.*?)\n\n", read(page), re.MULTILINE | re.DOTALL)[nth]
     assert set(re.findall(r"`(\w+\.py)`", rows)) == files
+
+
+def test_the_paths_of_gpus_are_what_the_code_says() -> None:
+    pytest.importorskip("triton")
+    from mxperts.backend.gpu.paths import PATHS  # only now: Triton reads how its kernels are to run when they are made
+
+    for path in PATHS:
+        assert re.search(rf"^\| `{path.name}` \|.*\| {re.escape(path.summary)} \|$", read("gpu.md"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)

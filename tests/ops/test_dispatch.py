@@ -24,9 +24,7 @@ def test_auto_takes_the_first_that_can_and_says_why(monkeypatch: pytest.MonkeyPa
 
 def test_a_named_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("reference", PROBLEM).backend.name == "reference"
-    with pytest.raises(
-        mx.BackendUnavailable, match="'gpu' cannot run quantize here: the tensors are on cpu, not"
-    ):
+    with pytest.raises(mx.BackendUnavailable, match="'gpu' cannot run quantize here: the tensors are on cpu, not"):
         mx.quantize(torch.ones(32), mx.MXFP4, backend="gpu")
     monkeypatch.setattr(dispatch, "BACKENDS", (REFUSING, *dispatch.BACKENDS))
     with pytest.raises(mx.BackendUnavailable, match="'cold' cannot run fused_experts here: it is too cold"):

@@ -32,7 +32,7 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
     the whole token NaN: there is no scale for it.
     """
     amax = x.to(torch.float32).abs().amax(-1, keepdim=True)
-    scale = amax / E4M3.max
+    scale = amax / torch.full_like(amax, E4M3.max)  # by a number, GPUs would multiply by its inverse
     return fake_quantize_static(x, torch.where(scale == 0, 1.0, scale))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,19 @@ from mxperts.ops.experts import ExpertsCall
 _ALIGNMENT = 256
 
 
+class CallArguments(ctypes.Structure):
+    """``Call`` of common.cuh; kernels add fields of their own."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "ids", "routing", "map", "w1", "w2", "bias1", "bias2")),
+        *((name, ctypes.c_void_p) for name in ("scale1", "scale2", "out")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "T", "k", "E", "H", "I", "map_size")),
+        *((name, ctypes.c_int64) for name in ("ids64", "map64", "routing_dtype", "bias1_dtype", "bias2_dtype")),
+        *((name, ctypes.c_int64) for name in ("direct", "on_input", "per_expert1", "per_expert2")),
+        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta", "linear_beta")),
+    )
+
+
 class Given:
     """The tensors of a call, kept alive until it is launched.
 
@@ -23,7 +37,7 @@ class Given:
         x: hidden states with rows in one piece.
         direct: whether the first projection can read them as they are.
         per_expert1, per_expert2: whether static scales differ from expert to expert.
-        fields: of ``Args``.
+        fields: of ``CallArguments``.
     """
 
     def __init__(self, call: ExpertsCall, out: Tensor) -> None:
@@ -82,6 +96,11 @@ class Given:
             "beta": beta,
             "linear_beta": linear_beta,
         }
+
+
+def active_experts(pairs: int, experts: int) -> float:
+    """How many experts at least one of so many pairs is for, on average, if each is drawn from all alike."""
+    return experts * (1 - (1 - 1 / experts) ** pairs)
 
 
 def workspace(device: torch.device, **sizes: int) -> tuple[Tensor, dict[str, int]]:

@@ -103,6 +103,35 @@ DI void store_hidden(void* p, i64 i, float x) {
   else ((u16*)p)[i] = (u16)to_bf16x2(x, 0.f);
 }
 
+struct Constants { float limit, alpha, beta, linear_beta; };  // NaN where there is none
+
+// What every kernel is given of a call, as arguments.py has it. Weights are slices [E, units, K / 64].
+struct Call {
+  const void* x;        // hidden states [T, H]
+  const void* ids;      // [T, k]
+  const void* routing;  // [T, k]
+  const void* map;      // or 0
+  const u8* w1;
+  const u8* w2;
+  const void* bias1;    // or 0
+  const void* bias2;
+  const float* scale1;  // of static fp8
+  const float* scale2;
+  void* out;            // [T, H]
+  i64 x_stride, T, k, E, H, I, map_size;
+  i64 ids64, map64, routing_dtype, bias1_dtype, bias2_dtype;
+  i64 direct;           // whether the first projection can read the hidden states as they are
+  i64 on_input, per_expert1, per_expert2;
+  Constants constants;
+};
+
+// The expert of a pair (token, slot); -1 for none, also for ids that are out of range.
+DI int expert_of(const Call& p, i64 pair) {
+  i64 id = p.ids64 ? ((const i64*)p.ids)[pair] : ((const int*)p.ids)[pair];
+  if (p.map) id = id >= 0 && id < p.map_size ? (p.map64 ? ((const i64*)p.map)[id] : ((const int*)p.map)[id]) : -1;
+  return id >= 0 && id < p.E ? (int)id : -1;
+}
+
 // ---- weights -------------------------------------------------------------------------------------------------------
 // A cell is 16 rows times 64 of K. Of its two blocks of 32, lane (g, t) = (lane / 4, lane % 4) of a warp holds the codes of rows
 // g and g + 8 and k = 8 t .. 8 t + 7, which is what four mma.m16n8k16 want as their A, if B holds k in the same order.
@@ -269,7 +298,6 @@ typedef double real;
 typedef float real;
 #endif
 
-struct Constants { float limit, alpha, beta, linear_beta; };  // NaN where there is none
 DI bool given(float c) { return c == c; }
 DI real clamp_above(real x, real most) { return x > most ? most : x; }  // NaN stays
 DI real clamp_both(real x, real most) { return x > most ? most : x < -most ? -most : x; }

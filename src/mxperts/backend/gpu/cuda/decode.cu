@@ -7,27 +7,13 @@
 // quantised; first projection; activation function, whose results are quantised; second projection; sum over the slots.
 #include "common.cuh"
 
-struct Args {
-  const void* x;        // hidden states [T, H]
-  const void* ids;      // [T, k]
-  const void* routing;  // [T, k]
-  const void* map;      // or 0
-  const u8* w1;         // slices [E, units, K / 64]
-  const u8* w2;
-  const void* bias1;    // or 0
-  const void* bias2;
-  const float* scale1;  // of static fp8
-  const float* scale2;
-  u16* xq;              // [PLANES, rows, K1 * 64] inputs; unused where the hidden states do as they are
-  u16* a;               // [PLANES, pairs, K2 * 64] what the second projection reads
-  float* af;            // [pairs, K2 * 64] the same before it is quantised with a row's scale; unused otherwise
-  float* h;             // [parts1, pairs, units1 * 32] sums of the first projection, rows in the order of their tiles
-  float* y;             // [parts2, pairs, units2 * 32]
-  void* out;            // [T, H]
-  i64 x_stride, T, k, E, H, I, map_size, parts1, parts2;
-  i64 ids64, map64, routing_dtype, bias1_dtype, bias2_dtype;
-  i64 direct, on_input, per_expert1, per_expert2;
-  Constants constants;
+struct Args : Call {
+  u16* xq;   // [PLANES, rows, K1 * 64] inputs; unused where the hidden states do as they are
+  u16* a;    // [PLANES, pairs, K2 * 64] what the second projection reads
+  float* af; // [pairs, K2 * 64] the same before it is quantised with a row's scale; unused otherwise
+  float* h;  // [parts1, pairs, units1 * 32] sums of the first projection, rows in the order of their tiles
+  float* y;  // [parts2, pairs, units2 * 32]
+  i64 parts1, parts2;
 };
 
 constexpr int THREADS = 32 * ALL_WARPS;
@@ -63,14 +49,9 @@ DI void grid_wait() {
 // Groups of up to 8 pairs of one expert, in order of appearance: the same in every block.
 DI void route(const Args& p, Routing& r) {
   const int pairs = (int)(p.T * p.k), lane = threadIdx.x & 31;
-  auto expert_of = [&](int i) {
-    i64 id = p.ids64 ? ((const i64*)p.ids)[i] : ((const int*)p.ids)[i];
-    if (p.map) id = id >= 0 && id < p.map_size ? (p.map64 ? ((const i64*)p.map)[id] : ((const int*)p.map)[id]) : -1;
-    return id >= 0 && id < p.E ? (int)id : -1;
-  };
   if (pairs <= 32) {  // the usual case of one token: one warp, nothing counted
     if (threadIdx.x < 32) {
-      int e = lane < pairs ? expert_of(lane) : -1;
+      int e = lane < pairs ? expert_of(p, lane) : -1;
       u32 same = __match_any_sync(0xffffffffu, e), before = (1u << lane) - 1;
       int rank = __popc(same & before);
       u32 leaders = __ballot_sync(0xffffffffu, e >= 0 && rank % 8 == 0);
@@ -90,7 +71,7 @@ DI void route(const Args& p, Routing& r) {
     return;
   }
   for (int i = threadIdx.x; i < (int)p.E; i += THREADS) r.count[i] = 0;
-  for (int i = threadIdx.x; i < pairs; i += THREADS) r.expert[i] = (short)expert_of(i);
+  for (int i = threadIdx.x; i < pairs; i += THREADS) r.expert[i] = (short)expert_of(p, i);
   __syncthreads();
   if (threadIdx.x < 32) {
     int groups = 0;

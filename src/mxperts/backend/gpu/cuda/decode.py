@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.backend.gpu.cuda.arguments import Given, workspace
+from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_experts, workspace
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
 from mxperts.backend.gpu.cuda.macros import FUNCTIONS as FUNCTIONS
@@ -20,6 +20,8 @@ from mxperts.ops.prepare import ExpertsLayout
 
 MOST_PAIRS = 512
 """Pairs (token, slot) of a call: every block sorts all of them for itself."""
+GROUP = 8
+"""Pairs of an expert that are computed together: the N of an mma."""
 WARPS = 24
 """On a multiprocessor."""
 MOST_PARTS = 16
@@ -30,22 +32,19 @@ _MOST_DEPTH = 4
 _WALK_BYTES = 16
 
 
-class _Arguments(ctypes.Structure):
+class _Arguments(CallArguments):
     """``Args`` of decode.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "ids", "routing", "map", "w1", "w2", "bias1", "bias2")),
-        *((name, ctypes.c_void_p) for name in ("scale1", "scale2", "xq", "a", "af", "h", "y", "out")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "T", "k", "E", "H", "I", "map_size", "parts1", "parts2")),
-        *((name, ctypes.c_int64) for name in ("ids64", "map64", "routing_dtype", "bias1_dtype", "bias2_dtype")),
-        *((name, ctypes.c_int64) for name in ("direct", "on_input", "per_expert1", "per_expert2")),
-        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta", "linear_beta")),
+        *((name, ctypes.c_void_p) for name in ("xq", "a", "af", "h", "y")),
+        *((name, ctypes.c_int64) for name in ("parts1", "parts2")),
     )
 
 
 def takes(call: ExpertsCall) -> bool:
-    """Whether a call has few enough pairs."""
-    return call.top_k_index.numel() <= MOST_PAIRS
+    """Whether a call has few enough pairs, and few enough for each expert: more than a group read weights again."""
+    pairs = call.top_k_index.numel()
+    return pairs <= MOST_PAIRS and pairs <= GROUP * active_experts(pairs, call.layout.experts)
 
 
 def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
@@ -104,9 +103,8 @@ def _kernel(
 
 @lru_cache(maxsize=1024)
 def expected_groups(pairs: int, experts: int) -> int:
-    """Groups that so many pairs are likely to form: experts that at least one of them is drawn for, and full groups."""
-    active = round(experts * (1 - (1 - 1 / experts) ** pairs)) if experts > 1 else 1
-    return max(1, active, -(-pairs // 8))
+    """Groups that so many pairs are likely to form."""
+    return max(round(active_experts(pairs, experts)), -(-pairs // GROUP))
 
 
 @lru_cache(maxsize=1024)

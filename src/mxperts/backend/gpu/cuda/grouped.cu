@@ -2,12 +2,9 @@
 // has one unit of 32 of those rows, whose codes it decodes in registers as the A of its products, and all of the tile's
 // tokens, which are B in shared memory. Sums stay in registers over all of K.
 //
-// With WGMMA two groups of four warps compute and others copy: four, which leave their registers to those that compute, or, for
-// so few tokens a tile that two blocks fit on a multiprocessor, one. Otherwise eight warps do both.
+// With WGMMA four warps copy, which leave registers to the two groups of four that compute. Otherwise eight warps do both.
 //
-//   STAGES        steps of 64 of K that are in shared memory
-//   COPY_WARPS    4, 1 or, without WGMMA, 0
-//   BLOCKS        of a multiprocessor
+//   STAGES      steps of 64 of K that are in shared memory
 #include "grouped.cuh"
 #if WGMMA
 #include "wgmma.cuh"
@@ -18,7 +15,7 @@ constexpr int ROW = 128;                        // bytes of a token's inputs in 
 constexpr int PLANE = MOST_N * ROW;
 constexpr int WEIGHTS = PLANES * PLANE;         // where they begin in a stage
 constexpr int STAGE = (WEIGHTS + UNITS * SLICE + 1023) / 1024 * 1024;
-constexpr int COMPUTE_THREADS = 32 * UNITS, THREADS = COMPUTE_THREADS + 32 * COPY_WARPS;
+constexpr int THREADS = WGMMA ? 384 : 256;
 
 // 1024-byte aligned, as the swizzle wants it.
 DI u32 stages_at(const u8* shared) { return (shared_address(shared) + 1023) & ~1023u; }
@@ -78,7 +75,8 @@ DI u32 round2_to_hidden(float low, float high) {
 }
 
 // A lane has rows g, g + 8, g + 16 and g + 24 of its unit, of each the tokens 8 j + 2 t + {0, 1}.
-template <int N> DI void store_results(const Args& p, const Projection& q, const Item& item, int unit, float (&c)[2][N / 8][4], int lane) {
+template <int N>
+DI void store_results(const Args& p, const Projection& q, const Item& item, int unit, float (&c)[2][N / 8][4], int lane) {
   if (unit >= q.units) return;
   const int g = lane >> 2, t = lane & 3, height = q.units * 32, count = item.tile.count;
   float bias[4];
@@ -124,7 +122,9 @@ template <int N> DI void store_results(const Args& p, const Projection& q, const
 #if WGMMA
 // ---- with copying and computing warps ------------------------------------------------------------------------------
 
-DI void barrier_init(u32 b, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory"); }
+DI void barrier_init(u32 b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory");
+}
 DI void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(b) : "memory"); }
 DI void barrier_expect(u32 b, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(b), "r"(bytes) : "memory");
@@ -153,18 +153,18 @@ struct Turn {
 constexpr int LAG = STAGES > 4 ? 3 : STAGES - 2;  // steps whose copies are on their way while those of the next are begun
 
 DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u32 full, u32 empty) {
-  constexpr int ROWS = 4 * COPY_WARPS;  // that are copied at once, eight threads a row
-  const int thread = threadIdx.x - COMPUTE_THREADS, chunk = thread & 7, row = thread >> 3;
+  const int thread = threadIdx.x, chunk = thread & 7, row = thread >> 3;
   Turn turn = {0, 0}, ready = {0, 0};
   int begun = 0;
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const Item item(p, q, i);
     const int units = min(UNITS, q.units - item.unit);
-    u32 from[MOST_N / ROWS];
+    u32 from[MOST_N / 16];
 #pragma unroll
-    for (int r = 0; r < MOST_N / ROWS; r++) from[r] = ROWS * r < item.tile.n ? q.row(item.tile, row + ROWS * r) : 0;
+    for (int r = 0; r < MOST_N / 16; r++) from[r] = 16 * r < item.tile.n ? q.row(item.tile, row + 16 * r) : 0;
     const u8* weights = q.unit(item.tile, item.unit + (thread < units ? thread : 0));
     const u8* inputs = (const u8*)q.x + chunk * 16;
+    const u32 to = row * ROW + ((chunk ^ (row & 7)) << 4);
     for (int step = 0; step < q.steps; step++) {
       const u32 stage = stages + turn.stage * STAGE, barrier = full + 8 * turn.stage;
       barrier_wait(empty + 8 * turn.stage, turn.phase ^ 1);
@@ -174,12 +174,11 @@ DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u3
         if (thread < units) copy_bulk(stage + WEIGHTS + thread * SLICE, weights, SLICE, barrier);
       }
 #pragma unroll
-      for (int r = 0; r < MOST_N / ROWS; r++) {
-        if (ROWS * r < item.tile.n) {
-          const int n = row + ROWS * r;
+      for (int r = 0; r < MOST_N / 16; r++) {
+        if (16 * r < item.tile.n) {
 #pragma unroll
           for (int plane = 0; plane < PLANES; plane++)
-            copy16(stage + plane * PLANE + n * ROW + ((chunk ^ (n & 7)) << 4), inputs + from[r] * (u64)16 + plane * q.plane);
+            copy16(stage + plane * PLANE + to + r * 16 * ROW, inputs + from[r] * (u64)16 + plane * q.plane);
         }
       }
       commit_copies();
@@ -229,14 +228,16 @@ template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const u3
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
 #pragma unroll
-      for (int cell = 0; cell < 2; cell++) Wgmma<N>::multiply(c[cell], a[cell][m], tokens + plane * (PLANE >> 4) + 4 * J + 2 * m);
+      for (int cell = 0; cell < 2; cell++)
+        Wgmma<N>::multiply(c[cell], a[cell][m], tokens + plane * (PLANE >> 4) + 4 * J + 2 * m);
     }
   }
 }
 
 // While the products of one block of 32 of K are under way, those of the next are decoded.
 template <int N>
-DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn, u32 stages, u32 full, u32 empty, int warp, int lane) {
+DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn, u32 stages, u32 full, u32 empty, int warp,
+                int lane) {
   float c[2][N / 8][4] = {};
   u32 a[2][2][2][4];
   const u32 own = WEIGHTS + warp * SLICE;
@@ -275,13 +276,13 @@ DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn
   store_results<N>(p, q, item, item.unit + warp, c, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped(const __grid_constant__ Args p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped(const __grid_constant__ Args p) {
   extern __shared__ u8 shared[];
   __shared__ u64 barriers[2 * STAGES];
   const u32 stages = stages_at(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, 32 * COPY_WARPS + 1);
+      barrier_init(full + 8 * i, 129);
       barrier_init(empty + 8 * i, UNITS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -290,12 +291,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped(const __gr
   __syncthreads();
   const Projection q(p);
   const int items = p.totals[0] * q.items_of_tile;
-  if (threadIdx.x >= COMPUTE_THREADS) {
-    if constexpr (COPY_WARPS == 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     copy_items(p, q, items, stages, full, empty);
   } else {
-    if constexpr (COPY_WARPS == 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4;
     Turn turn = {0, 0};
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
       const Item item(p, q, i);
@@ -378,7 +379,7 @@ DI void compute(const Args& p, const Projection& q, const Item& item, const u32*
   store_results<N>(p, q, item, item.unit + warp, c, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped(const __grid_constant__ Args p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) grouped(const __grid_constant__ Args p) {
   extern __shared__ u8 shared[];
   __shared__ u32 rows[MOST_N];
   const Projection q(p);

@@ -13,32 +13,19 @@ struct Tile {
   int unused[2];
 };
 
-struct Args {
-  const void* x;        // hidden states [T, H]
-  const void* ids;      // [T, k]
-  const void* routing;  // [T, k]
-  const void* map;      // or 0
-  const u8* w1;         // slices [E, units, K / 64]
-  const u8* w2;
-  const void* bias1;    // or 0
-  const void* bias2;
-  const float* scale1;  // of static fp8
-  const float* scale2;
-  int* totals;          // number of tiles, number of pairs that have an expert
+struct Args : Call {
+  int* totals;    // number of tiles, number of pairs that have an expert
   Tile* tiles;
-  int* position;        // [pairs] where a pair is among those sorted by expert; -1 if it has none
-  int* source;          // [pairs] the token at a position
-  short* expert;        // [pairs] the expert at a position
-  short* local;         // [pairs] the expert of a pair
-  u16* xq;              // [PLANES, T or pairs, K1 * 64] inputs of the first projection
-  u16* a;               // [PLANES, pairs, K2 * 64] inputs of the second
-  void* h;              // [pairs, units1 * 32] results of the first projection, rows in the order of their tiles
-  float* y;             // [pairs, units2 * 32] results of the second
-  void* out;            // [T, H]
-  i64 x_stride, T, k, E, H, I, map_size;
-  i64 ids64, map64, routing_dtype, bias1_dtype, bias2_dtype;
-  i64 aligned, on_input, per_expert1, per_expert2, second;
-  Constants constants;
+  int* position;  // [pairs] where a pair is among those sorted by expert; -1 if it has none
+  int* source;    // [pairs] the token at a position
+  short* expert;  // [pairs] the expert at a position
+  short* local;   // [pairs] the expert of a pair
+  u16* xq;        // [PLANES, T or pairs, K1 * 64] inputs of the first projection
+  u16* a;         // [PLANES, pairs, K2 * 64] inputs of the second
+  void* h;        // [pairs, units1 * 32] results of the first projection, rows in the order of their tiles
+  float* y;       // [pairs, units2 * 32] results of the second
+  i64 aligned;    // whether rows of hidden states can be read 16 bytes at a time
+  i64 second;     // which projection
 };
 
 DI int units_of(const Args& p, bool second) {

@@ -1,5 +1,5 @@
-// The inputs of a projection, quantised, as bf16 numbers: one row a block, eight values a thread. The first projection's are the
-// hidden states (rows are tokens, or with a scale for each expert positions); the second's, what the activation function
+// The inputs of a projection, quantised, as bf16 numbers: one row a block, eight values a thread. The first projection's are
+// the hidden states (rows are tokens, or with a scale for each expert positions); the second's, what the activation function
 // makes of the first one's results (rows are positions).
 //
 //   SECOND    which

@@ -5,25 +5,10 @@
 // that, and waits for it behind its first loads. `inputs` before them and `middle` between them quantise where these cannot.
 #include "common.cuh"
 
-struct Args {
-  const void* x;        // hidden states [T, H]
-  const void* ids;      // [T, k]
-  const void* routing;  // [T, k]
-  const void* map;      // or 0
-  const u8* w1;         // slices [E, units, K / 64]
-  const u8* w2;
-  const void* bias1;    // or 0
-  const void* bias2;
-  const float* scale1;  // of static fp8
-  const float* scale2;
-  u16* xq;              // [PLANES, rows, K1 * 64] inputs; unused where the hidden states do as they are
-  u16* a;               // [PLANES, pairs, K2 * 64] what the second projection reads
-  float* af;            // [pairs, K2 * 64] the same before it is quantised with a row's scale; unused otherwise
-  void* out;            // [T, H]
-  i64 x_stride, T, k, E, H, I, map_size;
-  i64 ids64, map64, routing_dtype, bias1_dtype, bias2_dtype;
-  i64 direct, on_input, per_expert1, per_expert2;
-  Constants constants;
+struct Args : Call {
+  u16* xq;    // [PLANES, rows, K1 * 64] inputs; unused where the hidden states do as they are
+  u16* a;     // [PLANES, pairs, K2 * 64] what the second projection reads
+  float* af;  // [pairs, K2 * 64] the same before it is quantised with a row's scale; unused otherwise
 };
 
 DI void let_next_start() {
@@ -35,12 +20,6 @@ DI void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-}
-
-DI i64 expert_of(const Args& p, i64 pair) {
-  i64 id = p.ids64 ? ((const i64*)p.ids)[pair] : ((const int*)p.ids)[pair];
-  if (p.map) id = id >= 0 && id < p.map_size ? (p.map64 ? ((const i64*)p.map)[id] : ((const int*)p.map)[id]) : -1;
-  return id >= 0 && id < p.E ? id : -1;
 }
 
 DI Quad load_weights4(const u8* p) {
@@ -258,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(256) inputs(const __grid_constant__
     float v = load_number(p.x, token * p.x_stride + i, HIDDEN);
     return p.on_input ? round_to_hidden(v * load_number(p.routing, token, (int)p.routing_dtype)) : v;
   };
-  auto scale = [&](i64 row) { return p.scale1[p.per_expert1 ? max((i64)0, expert_of(p, row)) : 0]; };
+  auto scale = [&](i64 row) { return p.scale1[p.per_expert1 ? max(0, expert_of(p, row)) : 0]; };
   quantize_rows(rows, (int)p.H, (int)((p.H + 63) / 64) * 64, p.xq, (float*)0, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5),
                 gridDim.x * 8, threadIdx.x & 31);
 }

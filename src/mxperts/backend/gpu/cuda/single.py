@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mxperts.backend.gpu.cuda.arguments import Given, workspace
+from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_experts, workspace
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, Tiles
 from mxperts.backend.gpu.cuda.macros import function_macros, hidden_macros, quantised, weight_macros
@@ -24,17 +24,10 @@ _FEW_SLICES = 8
 """Slices of a warp of the second projection up to which it loads two at a time."""
 
 
-class _Arguments(ctypes.Structure):
+class _Arguments(CallArguments):
     """``Args`` of single.cu."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "ids", "routing", "map", "w1", "w2", "bias1", "bias2")),
-        *((name, ctypes.c_void_p) for name in ("scale1", "scale2", "xq", "a", "af", "out")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "T", "k", "E", "H", "I", "map_size")),
-        *((name, ctypes.c_int64) for name in ("ids64", "map64", "routing_dtype", "bias1_dtype", "bias2_dtype")),
-        *((name, ctypes.c_int64) for name in ("direct", "on_input", "per_expert1", "per_expert2")),
-        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta", "linear_beta")),
-    )
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("xq", "a", "af"))
 
 
 @dataclass(frozen=True)
@@ -73,9 +66,9 @@ class _Kernels:
 
 def takes(call: ExpertsCall) -> bool:
     """Whether a call has so few pairs that hardly two share an expert."""
-    pairs, experts = call.top_k_index.numel(), call.layout.experts
-    active = experts * (1 - (1 - 1 / experts) ** pairs)
-    return call.top_k_index.shape[0] == 1 or (pairs <= MOST_PAIRS and pairs <= MOST_SHARING * active)
+    pairs, tokens = call.top_k_index.numel(), call.top_k_index.shape[0]
+    few = pairs <= MOST_PAIRS and pairs <= MOST_SHARING * active_experts(pairs, call.layout.experts)
+    return tokens == 1 or few
 
 
 def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:

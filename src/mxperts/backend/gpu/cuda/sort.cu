@@ -9,12 +9,6 @@ constexpr int THREADS = 32 * SEGMENTS;
 constexpr int AT_ONCE = 8;
 constexpr int GROUP = 16;  // tiles that share weights: more would not find their tokens in the L2 cache again
 
-DI int expert_of(const Args& p, i64 i) {
-  i64 id = p.ids64 ? ((const i64*)p.ids)[i] : ((const int*)p.ids)[i];
-  if (p.map) id = id >= 0 && id < p.map_size ? (p.map64 ? ((const i64*)p.map)[id] : ((const int*)p.map)[id]) : -1;
-  return id >= 0 && id < p.E ? (int)id : -1;
-}
-
 // Which lanes have the same expert, bit by bit: __match_any_sync takes a time for each that there is.
 DI u32 same_expert(int e) {
   u32 there = __ballot_sync(0xffffffffu, e >= 0), same = e >= 0 ? there : ~there;
@@ -94,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
     for (int i = 0; i < t; i++) {
       int count = min(size, n - i * size);  // something is left: n > MOST_N * (t - 1)
       int group = i / GROUP * GROUP;
-      p.tiles[tile[e] + i] = {e, start[e] + i * size, count, (count + 15) / 16 * 16, tile[e] + group, min(GROUP, t - group), {0, 0}};
+      const int n_of_tile = (count + 15) / 16 * 16, group_at = tile[e] + group;
+      p.tiles[tile[e] + i] = {e, start[e] + i * size, count, n_of_tile, group_at, min(GROUP, t - group), {0, 0}};
     }
   }
   for (int first = begin; first < end; first += 32 * AT_ONCE) {

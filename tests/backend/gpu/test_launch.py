@@ -1,0 +1,152 @@
+"""What the CUDA path launches, seen by a kernel that only takes notes; nothing here needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import mxperts as mx
+from mxperts.backend.gpu.cuda import decode, grouped, single
+from mxperts.backend.gpu.experts import choose_kernel
+from mxperts.backend.gpu.prepared import projections
+from mxperts.formats import FP8_DYNAMIC, parse_activation
+from mxperts.ops.activation import bind_activation
+from mxperts.ops.experts import ExpertsCall
+from mxperts.ops.prepare import ExpertsLayout
+
+H200 = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448, major=9, minor=0)
+LAUNCHED: list[tuple[str, Any, Any]] = []
+"""Names of kernels, their grids, and copies of their arguments."""
+
+
+class Notes:
+    """In place of ``Kernel``."""
+
+    def __init__(self, source: str, macros: dict[str, str], device: int, **options: Any) -> None:
+        self.name, self.threads = options.get("name") or source, options["threads"]
+        assert options.get("shared_bytes", 0) <= H200.shared_memory_per_block_optin
+        assert self.threads <= 1024
+
+    def __call__(self, blocks: Any, arguments: Any, stream: int) -> None:
+        LAUNCHED.append((self.name, blocks, type(arguments).from_buffer_copy(arguments)))
+
+
+@pytest.fixture(autouse=True)
+def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    LAUNCHED.clear()
+    for module in (decode, grouped, single):
+        monkeypatch.setattr(module, "Kernel", Notes)
+        kernels = getattr(module, "_kernels", None) or module._kernel
+        kernels.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    yield
+    for module in (decode, grouped, single):
+        (getattr(module, "_kernels", None) or module._kernel).cache_clear()
+
+
+def call(tokens: int, k: int = 2, experts: int = 8, **changes: Any) -> ExpertsCall:
+    layout = ExpertsLayout(weight=mx.MXFP4, experts=experts, hidden=128, intermediate=96, gated=True, interleaved=False)
+    weights = [torch.zeros(experts, t.units, t.steps, t.slice_bytes, dtype=torch.uint8) for t in projections(layout)]
+    arguments: dict[str, Any] = {
+        "hidden_states": torch.zeros(tokens, 128, dtype=torch.bfloat16),
+        "weights": weights,
+        "layout": layout,
+        "top_k_index": torch.zeros(tokens, k, dtype=torch.int64),
+        "top_k_weights": torch.ones(tokens, k),
+        "activation": bind_activation("silu"),
+        "activation_format": None,
+        "gate_up_bias": None,
+        "down_bias": None,
+        "input_scales": None,
+        "expert_map": None,
+        "router_weight_on_input": False,
+        "accumulation": "auto",
+        "prepared": True,
+    }
+    return ExpertsCall(**{**arguments, **changes})
+
+
+def launch(module: ModuleType, c: ExpertsCall) -> list[tuple[str, Any, Any]]:
+    out = torch.empty_like(c.hidden_states)
+    module.fused_experts(c, out, *projections(c.layout))
+    assert all(arguments.out == out.data_ptr() for _, _, arguments in LAUNCHED)
+    return LAUNCHED
+
+
+def test_hidden_states_are_read_where_they_are() -> None:
+    c = call(3)
+    for module in (single, decode):
+        LAUNCHED.clear()
+        for _, _, arguments in launch(module, c):
+            assert (arguments.x, arguments.direct, arguments.x_stride) == (c.hidden_states.data_ptr(), 1, 128)
+            assert (arguments.T, arguments.k, arguments.E, arguments.H, arguments.I) == (3, 2, 8, 128, 96)
+            assert (arguments.ids64, arguments.routing_dtype, arguments.bias1, arguments.map) == (1, 2, None, None)
+            assert arguments.limit != arguments.limit
+
+
+@pytest.mark.parametrize("change", ["format", "dtype", "on_input", "stride", "odd"])
+def test_inputs_are_written_anew_where_they_must_be(change: str) -> None:
+    changes: dict[str, Any] = {
+        "format": {"activation_format": parse_activation("mxfp4")},
+        "dtype": {"hidden_states": torch.zeros(3, 128)},
+        "on_input": {"router_weight_on_input": True},
+        "stride": {"hidden_states": torch.zeros(3, 130, dtype=torch.bfloat16)[:, :128]},
+        "odd": {"hidden_states": torch.zeros(385, dtype=torch.bfloat16)[1:].view(3, 128)},
+    }[change]
+    launched = launch(single, call(3, **changes))
+    assert [name for name, *_ in launched] == ["inputs", "first", "second"]
+    assert not launched[0][2].direct
+
+
+def test_one_token_is_two_launches() -> None:
+    assert [(name, blocks) for name, blocks, _ in launch(single, call(1))] == [("first", (6, 2)), ("second", (8, 1))]
+    LAUNCHED.clear()
+    quantised = call(1, activation_format=parse_activation("mxfp4"))
+    assert [(n, b) for n, b, _ in launch(single, quantised)] == [("inputs", 1), ("first", (3, 2)), ("second", (8, 1))]
+    LAUNCHED.clear()
+    by_row = call(1, activation_format=FP8_DYNAMIC)
+    assert [name for name, *_ in launch(single, by_row)] == ["inputs", "first", "middle", "second"]
+
+
+def test_decoding_is_one_launch_on_every_multiprocessor() -> None:
+    ((name, blocks, arguments),) = launch(decode, call(30))
+    assert (name, blocks) == ("decode", 132)
+    assert arguments.parts1 >= 1
+    assert arguments.parts2 >= 1
+
+
+@pytest.mark.parametrize("activation_format", [None, "mxfp6_e2m3", "fp8_dynamic"])
+def test_many_tokens_are_six_launches(activation_format: str | None) -> None:
+    launched = launch(grouped, call(300, activation_format=parse_activation(activation_format)))
+    names = [name for name, *_ in launched]
+    assert names == ["sort", "inputs", "grouped", "inputs", "grouped", "combine"]
+    assert [arguments.second for _, _, arguments in launched] == [0, 0, 0, 1, 1, 1]
+
+
+def test_very_many_tokens_go_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "MOST_PAIRS", 200)
+    c = call(250)
+    out = torch.empty_like(c.hidden_states)
+    grouped.fused_experts(c, out, *projections(c.layout))
+    firsts = [arguments for name, _, arguments in LAUNCHED if name == "sort"]
+    assert [a.T for a in firsts] == [100, 100, 50]
+    assert [a.out - out.data_ptr() for a in firsts] == [0, 100 * 256, 200 * 256]
+    assert [a.x - c.hidden_states.data_ptr() for a in firsts] == [0, 100 * 256, 200 * 256]
+
+
+def test_the_kernel_follows_the_number_of_pairs() -> None:
+    """From one token to thousands, at the experts of large models."""
+    for experts, k, expected in (
+        (128, 4, {1: single, 2: single, 8: decode, 64: decode, 128: decode, 129: grouped, 4096: grouped}),
+        (8, 2, {1: single, 8: decode, 24: decode, 64: grouped}),
+        (256, 8, {1: single, 2: single, 8: decode, 64: decode, 65: grouped}),
+    ):
+        for tokens, module in expected.items():
+            assert choose_kernel(call(tokens, k, experts)) is module, (experts, tokens)
