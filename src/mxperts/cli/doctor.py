@@ -46,7 +46,7 @@ def doctor(output: OutputOption = None) -> None:
         "memory_bytes": memory_bytes(),
         "shipped_model": shipped_model(),
         "kernel_cache": None if folder is None else str(folder),
-        "backends": {device: mx.backends(device) for device in devices()},
+        "backends": {device: backends(device) for device in ("cpu", "cuda")},
         "self_check": checks,
     }
     rows = list(table_rows(document))
@@ -63,6 +63,8 @@ def doctor(output: OutputOption = None) -> None:
 def self_checks() -> Iterator[tuple[str, str]]:
     """By backend and device, whether it quantises the golden block to the right bits and back to the right values."""
     for backend, device in itertools.product(BACKENDS, devices()):
+        if backend.device not in (None, device):
+            continue
         name = f"{backend.name} on {device}"
         x = torch.tensor(GOLDEN_VALUES, device=device)
         try:
@@ -92,6 +94,13 @@ def shipped_model() -> str:
         return str(models.shipped())
     except MxpertsError as error:
         return f"missing: {error}"
+
+
+def backends(device: str) -> dict[str, str]:
+    """What the backends for a type of device are, or why they cannot run; without such a device, only its own."""
+    found = mx.backends(device)
+    there = device in devices()
+    return {b.name: found[b.name] for b in BACKENDS if b.device == device or (there and b.device is None)}
 
 
 def devices() -> list[str]:

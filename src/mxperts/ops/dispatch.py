@@ -48,12 +48,14 @@ class Backend:
             says in a few words how it runs a problem on this machine, or, for None, what it can use here.
         refuses: why it cannot run a problem, as a phrase, or None if it can. Must not import the package.
         summary: one line for people.
+        device: the type of device that it is for; None for any.
     """
 
     name: str
     module: str
     refuses: Callable[[Problem], str | None]
     summary: str
+    device: str | None = None
 
     def load(self, op: str) -> Callable[..., Any]:
         """The backend's function of this name, such as that for an operation."""
@@ -97,12 +99,14 @@ BACKENDS = (
         module="mxperts.backend.cpu",
         refuses=_cpu_refuses,
         summary="packed weights, kernels compiled by Numba on first use",
+        device="cpu",
     ),
     Backend(
         name="gpu",
         module="mxperts.backend.gpu",
         refuses=_gpu_refuses,
         summary="packed weights, Triton kernels and CUDA kernels that are compiled on first use",
+        device="cuda",
     ),
     Backend(
         name="reference",

@@ -91,6 +91,16 @@ def test_hidden_states_are_read_where_they_are() -> None:
             assert arguments.limit != arguments.limit
 
 
+def test_numbers_of_any_dtype_and_strides() -> None:
+    bias = torch.zeros(8, 192, dtype=torch.float64), torch.zeros(128, 8, dtype=torch.float16).T
+    c = call(3, gate_up_bias=bias[0], down_bias=bias[1], top_k_weights=torch.ones(2, 3, dtype=torch.float64).T)
+    for module in (single, decode, grouped):
+        LAUNCHED.clear()
+        for _, _, arguments in launch(module, c):
+            assert (arguments.bias1_dtype, arguments.bias2_dtype, arguments.routing_dtype) == (2, 1, 2)
+            assert arguments.bias2 != bias[1].data_ptr()
+
+
 @pytest.mark.parametrize("change", ["format", "dtype", "on_input", "stride", "odd"])
 def test_inputs_are_written_anew_where_they_must_be(change: str) -> None:
     changes: dict[str, Any] = {

@@ -54,10 +54,9 @@ class Given:
             and self.x.stride(0) % 8 == 0
             and self.x.data_ptr() % 16 == 0
         )
-        ids, routing = call.top_k_index.contiguous(), call.top_k_weights.contiguous()
-        bias1, bias2, expert_map = (
-            None if t is None else t.contiguous() for t in (call.gate_up_bias, call.down_bias, call.expert_map)
-        )
+        ids, routing = call.top_k_index.contiguous(), _numbers(call.top_k_weights)
+        bias1, bias2 = (None if t is None else _numbers(t) for t in (call.gate_up_bias, call.down_bias))
+        expert_map = None if call.expert_map is None else call.expert_map.contiguous()
         self._kept = (ids, routing, bias1, bias2, expert_map, scale1, scale2)
         a = call.activation
         limit, alpha, beta, linear_beta = (
@@ -111,6 +110,11 @@ def workspace(device: torch.device, **sizes: int) -> tuple[Tensor, dict[str, int
     memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
     base = memory.data_ptr()
     return memory, {name: base + start for name, start in zip(sizes, starts, strict=False)}
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """In one piece, in a dtype that kernels read."""
+    return (tensor if tensor.dtype in DTYPES else tensor.to(torch.float32)).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
