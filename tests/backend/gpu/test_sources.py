@@ -148,3 +148,15 @@ def test_stages_fit(fmt: BlockFormat, shared: int) -> None:
         number, size = grouped.stages(slice_bytes, planes, grouped.choose_tile(planes), shared)
         assert size <= shared
         assert number >= 2
+
+
+@pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=str)
+def test_rings_fit_from_the_smallest_multiprocessor_on(fmt: BlockFormat) -> None:
+    """99 KiB of shared memory, as compute capability 8.6 and 8.9 have, less what the most pairs and experts take."""
+    slice_bytes = Tiles(format=fmt, rows=32, k=64).slice_bytes
+    warps, depth = decode.ring(slice_bytes, (99 << 10) - 25 * 512 - 4 * 1024 - 64)
+    assert warps >= 8
+    assert depth >= 3
+    assert decode.ring(slice_bytes, (227 << 10) - 25 * 512 - 4 * 1024 - 64) == (24, 4)
+    with pytest.raises(BackendUnavailable, match="too few"):
+        decode.ring(slice_bytes, 20 << 10)

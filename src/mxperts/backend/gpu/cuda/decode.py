@@ -14,6 +14,7 @@ from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
 from mxperts.backend.gpu.cuda.macros import FUNCTIONS as FUNCTIONS
 from mxperts.backend.gpu.cuda.macros import function_macros, hidden_macros, quantised, weight_macros
+from mxperts.errors import BackendUnavailable
 from mxperts.formats import FP8_DYNAMIC, Activation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
@@ -22,13 +23,13 @@ MOST_PAIRS = 512
 """Pairs (token, slot) of a call: every block sorts all of them for itself."""
 GROUP = 8
 """Pairs of an expert that are computed together: the N of an mma."""
-WARPS = 24
-"""On a multiprocessor."""
+_WARPS = (24, 16, 12, 8)
+"""On a multiprocessor; fewer where its shared memory does not hold the slices of so many."""
 MOST_PARTS = 16
 ITEM_COST = 2.0
 """What an item costs besides its steps, in steps."""
-_MOST_DEPTH = 4
-"""Slices that a warp has under way: deeper rings were measured to be no faster."""
+_DEPTHS = (3, 4)
+"""Fewest and most slices that a warp has room for: deeper rings were measured to be no faster."""
 _WALK_BYTES = 16
 
 
@@ -84,8 +85,7 @@ def _kernel(
     experts = -(-layout.experts // 64) * 64
     slice_bytes = Tiles(format=layout.weight, rows=32, k=STEP).slice_bytes
     routing_bytes = pairs * (4 * 2 + 1 + 16) + 4 * experts + 64
-    free = properties.shared_memory_per_block_optin - routing_bytes
-    depth = min(_MOST_DEPTH, (free // WARPS - _WALK_BYTES) // slice_bytes)
+    warps, depth = ring(slice_bytes, properties.shared_memory_per_block_optin - routing_bytes)
     macros = {
         **weight_macros(layout.weight),
         **hidden_macros(dtype, activation).macros(),
@@ -93,12 +93,24 @@ def _kernel(
         **function_macros(function, layout.interleaved),
         "PAIRS": str(pairs),
         "EXPERTS": str(experts),
-        "ALL_WARPS": str(WARPS),
+        "ALL_WARPS": str(warps),
         "DEPTH": str(depth),
     }
-    shared = WARPS * (_WALK_BYTES + depth * slice_bytes) + routing_bytes
-    kernel = Kernel("decode", macros, device, threads=32 * WARPS, shared_bytes=shared, cooperative=True)
+    shared = warps * (_WALK_BYTES + depth * slice_bytes) + routing_bytes
+    kernel = Kernel("decode", macros, device, threads=32 * warps, shared_bytes=shared, cooperative=True)
     return kernel, properties.multi_processor_count
+
+
+def ring(slice_bytes: int, shared_bytes: int) -> tuple[int, int]:
+    """Warps of a block, and slices that each has room for, in so much shared memory."""
+    least, most = _DEPTHS
+    for warps in _WARPS:
+        depth = min(most, (shared_bytes // warps - _WALK_BYTES) // slice_bytes)
+        if depth >= least:
+            return warps, depth
+    raise BackendUnavailable(
+        f"{shared_bytes} bytes of shared memory are too few for {_WARPS[-1]} warps; use path 'triton'"
+    )
 
 
 @lru_cache(maxsize=1024)
