@@ -135,6 +135,19 @@ def test_the_same_bits_every_time_and_on_every_stream(tokens: int) -> None:
     assert all(torch.equal(results[0], y) for y in results)
 
 
+def test_a_token_does_not_depend_on_its_batch_if_that_is_asked_for() -> None:
+    prepared, x, ids, weights = layer_of(300, 2)
+
+    def run(tokens: slice) -> Tensor:
+        arguments = (x[tokens], prepared, None, ids[tokens], weights[tokens])
+        return mx.fused_experts(*arguments, activation_format="mxfp4", backend="gpu")
+
+    with paths.batch_invariant():
+        together = run(slice(None))
+        for some in (slice(0, 1), slice(5, 40), slice(299, 300)):
+            assert torch.equal(run(some), together[some])
+
+
 def test_compiled_whole() -> None:
     prepared, x, ids, weights = layer_of(5, 2)
     compiled = torch.compile(

@@ -12,6 +12,7 @@ import torch
 import mxperts as mx
 from mxperts.backend.gpu.cuda import decode, grouped, single
 from mxperts.backend.gpu.experts import choose_kernel
+from mxperts.backend.gpu.paths import batch_invariant
 from mxperts.backend.gpu.prepared import projections
 from mxperts.formats import FP8_DYNAMIC, parse_activation
 from mxperts.ops.activation import bind_activation
@@ -149,6 +150,12 @@ def test_very_many_tokens_go_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [a.T for a in firsts] == [100, 100, 50]
     assert [a.out - out.data_ptr() for a in firsts] == [0, 100 * 256, 200 * 256]
     assert [a.x - c.hidden_states.data_ptr() for a in firsts] == [0, 100 * 256, 200 * 256]
+
+
+def test_one_kernel_for_any_number_of_tokens_where_batches_must_not_matter() -> None:
+    with batch_invariant():
+        assert {choose_kernel(call(tokens)) for tokens in (1, 8, 100, 1000)} == {grouped}
+    assert choose_kernel(call(1)) is single
 
 
 def test_the_kernel_follows_the_number_of_pairs() -> None:

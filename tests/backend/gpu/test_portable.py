@@ -15,7 +15,7 @@ from layers import DTYPES, FORMATS, PAIRS, E, Layer, to
 from torch import Tensor
 
 import mxperts as mx
-from mxperts.backend.gpu import portable
+from mxperts.backend.gpu import paths, portable
 from mxperts.backend.reference.linear import quantize_input
 from mxperts.formats import BLOCK_FORMATS, parse_activation
 from mxperts.ops import dispatch
@@ -199,6 +199,32 @@ def test_every_choice_of_tiles(rows: int, device: str, monkeypatch: pytest.Monke
         portable, "choose_tiles", lambda pairs, experts, operand, gated: choose(rows, 1, operand, gated=gated)
     )
     assert torch.equal(layer.portable(device), expected)
+
+
+@pytest.mark.parametrize(("fmt", "activation_format"), [("mxfp4", "mxfp4"), ("mxfp8_e4m3", None)])
+def test_a_token_does_not_depend_on_its_batch_if_that_is_asked_for(
+    fmt: str, activation_format: str | None, device: str
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    gate_up, down = (
+        mx.quantize(torch.randn(2, *shape, generator=g) / 12, fmt, backend="reference")
+        for shape in ((144, 160), (160, 72))
+    )
+    x, ids = torch.randn(80, 160, generator=g).bfloat16(), torch.randint(2, (80, 2), generator=g)
+    arguments = to(device, (x, ids, torch.rand(80, 2, generator=g)))
+
+    def run(tokens: slice) -> Tensor:
+        x, ids, weights = (t[tokens] for t in arguments)
+        y = mx.fused_experts(
+            x, *to(device, (gate_up, down)), ids, weights, activation_format=activation_format, backend="portable"
+        )
+        one = mx.MXTensor(gate_up.packed[0], gate_up.scales[0], gate_up.format, gate_up.k)
+        return torch.cat([y, mx.mx_linear(x, to(device, one), backend="portable")], -1)
+
+    with paths.batch_invariant():
+        together = run(slice(None))
+        for some in (slice(0, 1), slice(3, 20), slice(79, 80)):
+            assert torch.equal(run(some), together[some])
 
 
 def test_both_projections_have_the_same_blocks_of_rows() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mxperts.backend.gpu import portable
 from mxperts.backend.gpu.cuda import decode, grouped, single
-from mxperts.backend.gpu.paths import CUDA, TRITON, forced
+from mxperts.backend.gpu.paths import CUDA, TRITON, forced, is_batch_invariant
 from mxperts.backend.gpu.prepared import are_tiles, projections
 from mxperts.errors import BackendUnavailable
 from mxperts.ops.experts import ExpertsCall
@@ -30,7 +30,9 @@ def fused_experts(call: ExpertsCall, out: Tensor) -> None:
 
 
 def choose_kernel(call: ExpertsCall) -> ModuleType:
-    """The module whose kernels are the fastest for so many tokens."""
+    """The module whose kernels are the fastest for so many tokens, or the one for any number of them."""
+    if is_batch_invariant():
+        return grouped
     if single.takes(call):
         return single
     return decode if decode.takes(call) else grouped

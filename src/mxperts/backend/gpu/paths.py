@@ -44,6 +44,7 @@ def cuda_refuses(device: torch.device) -> str | None:
 
 class _Forced(threading.local):
     path: Path | None = None
+    invariant: bool = False
 
 
 _forced = _Forced()
@@ -69,6 +70,24 @@ def use_path(name: str) -> Iterator[None]:
 def forced() -> Path | None:
     """The path that ``use_path`` asks for."""
     return _forced.path
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within the ``with`` block a token's result does not depend on the batch it is in, in this thread.
+
+    The same kernels then run, with the same steps along K, however many tokens there are: slower for few of them.
+    """
+    before, _forced.invariant = _forced.invariant, True
+    try:
+        yield
+    finally:
+        _forced.invariant = before
+
+
+def is_batch_invariant() -> bool:
+    """Whether ``batch_invariant`` is asked for."""
+    return _forced.invariant
 
 
 def choose(device: torch.device) -> Path:

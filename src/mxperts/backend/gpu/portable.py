@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxperts.backend.gpu import grouped
+from mxperts.backend.gpu.paths import is_batch_invariant
 from mxperts.backend.gpu.quantize import fake_quantize, fake_quantize_fp8_dynamic, fake_quantize_fp8_static, on_device
 from mxperts.backend.gpu.routing import group
 from mxperts.backend.gpu.rule import block_rule, element_rule
@@ -25,6 +26,8 @@ WORKSPACE = 1 << 30
 """Bytes that intermediate results may take: more tokens go in turns."""
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SUM_COLUMNS = 1024
+_INVARIANT_ROWS = 64
+"""Rows of an expert that tiles are chosen for where results must not depend on how many there are."""
 
 
 class Tiles(NamedTuple):
@@ -52,7 +55,7 @@ def choose_tiles(rows: int, experts: int, operand: torch.dtype, *, gated: bool) 
         operand: dtype that is multiplied.
         gated: whether two projections are computed at once; makes no difference to the rows of a program.
     """
-    each = rows / min(rows, experts)
+    each = rows / min(rows, experts) if not is_batch_invariant() else _INVARIANT_ROWS
     if operand is torch.float32:  # no matrix units
         return Tiles(16, 32, 32, 4, 2) if each <= 16 else Tiles(64, 32, 32, 4, 2)
     if each <= 16:
