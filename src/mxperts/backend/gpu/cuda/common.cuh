@@ -132,6 +132,18 @@ DI int expert_of(const Call& p, i64 pair) {
   return id >= 0 && id < p.E ? (int)id : -1;
 }
 
+// Units and steps of a projection.
+DI int units_of(const Call& p, bool second) {
+  return (int)(second ? (p.H + 31) / 32 : (p.I + (GATED ? 15 : 31)) / (GATED ? 16 : 32));
+}
+DI int steps_of(const Call& p, bool second) { return (int)(((second ? p.I : p.H) + 63) / 64); }
+
+// An input of the first projection, before it is quantised.
+DI float input_of(const Call& p, i64 token, int i) {
+  float v = load_number(p.x, token * p.x_stride + i, HIDDEN);
+  return p.on_input ? round_to_hidden(v * load_number(p.routing, token, (int)p.routing_dtype)) : v;
+}
+
 // ---- weights -------------------------------------------------------------------------------------------------------
 // A cell is 16 rows times 64 of K. Of its two blocks of 32, lane (g, t) = (lane / 4, lane % 4) of a warp holds the codes of rows
 // g and g + 8 and k = 8 t .. 8 t + 7, which is what four mma.m16n8k16 want as their A, if B holds k in the same order.
@@ -155,11 +167,9 @@ template <int CELL> DI Codes load_codes(u32 slice, int lane) {
 DI Pair load_scales(u32 slice, int g) { return load_shared2<2 * CELL_CODES>(slice + g * 8); }
 
 // What patterns of block `j`, rows g (half 0) or g + 8 (half 1), are to be multiplied by, twice in a word.
-// `shift` is 128: as a number that the compiler does not know it makes a multiplication of what would otherwise be one more
-// operation for the integer units, which are the busiest.
-template <int BYTE> DI u32 scale_factor(u32 scales, u32 shift = 128) {
+template <int BYTE> DI u32 scale_factor(u32 scales) {
   u32 twice = __byte_perm(scales, 0, 0x4040 | BYTE | BYTE << 8);
-  return twice * shift + (u32)(OFFSET * 128) * 0x10001u;
+  return twice * 128u + (u32)(OFFSET * 128) * 0x10001u;
 }
 
 #define NIBBLE 0x81C081C0u
@@ -214,23 +224,51 @@ template <int J, int M> DI void fragment(const Codes& c, u32 even, u32 odd, u32 
   }
 }
 
+// A cell's products with a lane's values 8 t .. 8 t + 7 of both blocks of one row, which are B.
+template <int J, int M> DI void multiply_part(float (&c)[4], const Codes& codes, u32 even, u32 odd, const Quad (&x)[PLANES][2]) {
+  u32 a[4];
+  fragment<J, M>(codes, even, odd, a);
+#pragma unroll
+  for (int i = 0; i < PLANES; i++) mma(c, a, M ? x[i][J].z : x[i][J].x, M ? x[i][J].w : x[i][J].y);
+}
+DI void multiply_cell(float (&c)[4], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
+  u32 even = scale_factor<0>(scales), odd = scale_factor<1>(scales);
+  multiply_part<0, 0>(c, codes, even, odd, x);
+  multiply_part<0, 1>(c, codes, even, odd, x);
+  even = scale_factor<2>(scales), odd = scale_factor<3>(scales);
+  multiply_part<1, 0>(c, codes, even, odd, x);
+  multiply_part<1, 1>(c, codes, even, odd, x);
+}
+
 // ---- inputs --------------------------------------------------------------------------------------------------------
 
+DI float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
+
 #if QDQ == 1
+// The shared scale of a block, as what its values are multiplied by: in two factors, both normal numbers.
+struct SharedScale {
+  float to1, to2, from1, from2;
+
+  DI explicit SharedScale(u32 amax) {
+    int field = (int)((amax + RULE_CARRY) >> 23);
+    int s = field >= RULE_OVERFLOW ? 254 : min(max(field - RULE_OFFSET, 0), 254);
+    int e = 127 - s, e1 = e >> 1, e2 = e - e1;
+    to1 = power_of_two(e1), to2 = power_of_two(e2), from1 = power_of_two(-e1), from2 = power_of_two(-e2);
+  }
+  // A finite value, quantised and back.
+  DI float quantize(float x) const {
+    float m = fabsf(x) * to1 * to2;
+    int top = min(max((int)(__float_as_uint(m) >> 23) - 127, RULE_EMIN), RULE_ETOP);
+    float magic = power_of_two(top + 23 - RULE_MANTISSA);  // its unit in the last place is the element's
+    return copysignf(fminf((m + magic) - magic, __uint_as_float(RULE_LARGEST)) * from1 * from2, x);
+  }
+};
+
 // One value of a block of 32, quantised and back; a whole warp, one value a lane.
 DI float quantize_in_block(float x) {
-  u32 bits = __float_as_uint(x) & 0x7fffffffu;
-  u32 amax = __reduce_max_sync(0xffffffffu, bits);
+  u32 amax = __reduce_max_sync(0xffffffffu, __float_as_uint(x) & 0x7fffffffu);
   if (amax >= 0x7f800000u) return __uint_as_float(0x7fffffffu);
-  int field = (int)((amax + RULE_CARRY) >> 23);
-  int s = field >= RULE_OVERFLOW ? 254 : min(max(field - RULE_OFFSET, 0), 254);
-  int e = 127 - s, e1 = e >> 1, e2 = e - e1;  // 2^e in two factors, both normal numbers
-  float v = __uint_as_float(bits) * __uint_as_float((u32)(e1 + 127) << 23) * __uint_as_float((u32)(e2 + 127) << 23);
-  int top = min(max((int)(__float_as_uint(v) >> 23) - 127, RULE_EMIN), RULE_ETOP);
-  float magic = __uint_as_float((u32)(top + 150 - RULE_MANTISSA) << 23);  // its unit in the last place is the element's
-  float q = fminf((v + magic) - magic, __uint_as_float(RULE_LARGEST));
-  q = q * __uint_as_float((u32)(127 - e1) << 23) * __uint_as_float((u32)(127 - e2) << 23);
-  return copysignf(q, x);
+  return SharedScale(amax).quantize(x);
 }
 #else
 DI float quantize_in_block(float x) { return x; }

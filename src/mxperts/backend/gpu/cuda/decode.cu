@@ -216,28 +216,10 @@ DI void load_inputs(Inputs& in, const Projection& q, const Row& row, int step) {
   }
 }
 
-template <int CELL> DI void multiply_cell(float (&c)[4], u32 slot, u32 scales, const Inputs& in, int lane) {
-  Codes codes = load_codes<CELL>(slot, lane);
-  u32 a[4];
-  u32 even = scale_factor<0>(scales), odd = scale_factor<1>(scales);
-  fragment<0, 0>(codes, even, odd, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, in.block[i][0].x, in.block[i][0].y);
-  fragment<0, 1>(codes, even, odd, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, in.block[i][0].z, in.block[i][0].w);
-  even = scale_factor<2>(scales), odd = scale_factor<3>(scales);
-  fragment<1, 0>(codes, even, odd, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, in.block[i][1].x, in.block[i][1].y);
-  fragment<1, 1>(codes, even, odd, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, in.block[i][1].z, in.block[i][1].w);
-}
 DI void multiply(float (&c)[2][4], u32 slot, const Inputs& in, int lane) {
   Pair scales = load_scales(slot, lane >> 2);
-  multiply_cell<0>(c[0], slot, scales.x, in, lane);
-  multiply_cell<1>(c[1], slot, scales.y, in, lane);
+  multiply_cell(c[0], load_codes<0>(slot, lane), scales.x, in.block);
+  multiply_cell(c[1], load_codes<1>(slot, lane), scales.y, in.block);
 }
 
 // Slots of a warp in shared memory: the next to be read, the one before, the last of all.
@@ -317,9 +299,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   const int worker = warp * gridDim.x + blockIdx.x, workers = ALL_WARPS * gridDim.x;
 
   route(p, r);
-  const int steps1 = (int)((p.H + 63) / 64), steps2 = (int)((p.I + 63) / 64), width = steps2 * 64;
+  const int steps1 = steps_of(p, false), steps2 = steps_of(p, true), width = steps2 * 64;
   const i64 pairs = p.T * p.k, rows1 = QDQ == 2 && p.per_expert1 ? pairs : p.T;
-  const int units1 = (int)((p.I + (GATED ? 15 : 31)) / (GATED ? 16 : 32)), units2 = (int)((p.H + 31) / 32);
+  const int units1 = units_of(p, false), units2 = units_of(p, true);
   Projection first = {p.w1, units1, steps1, (int)p.parts1, 0, 0, p.xq, steps1 * 64, rows1 * steps1 * 64, p.h};
   if (p.direct) first.x = (const u16*)p.x, first.stride = p.x_stride;
   Projection second = {p.w2, units2, steps2, (int)p.parts2, 0, 0, p.a, width, pairs * width, p.y};
@@ -336,11 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   for (int i = 0; i < DEPTH - 1; i++) copy_next(cursor, walk, first, second, r, base + i * SLOT, lane);
 
   if (!p.direct) {
-    auto read = [&](i64 row, int i) {
-      i64 token = QDQ == 2 && p.per_expert1 ? row / p.k : row;
-      float v = load_number(p.x, token * p.x_stride + i, HIDDEN);
-      return p.on_input ? round_to_hidden(v * load_number(p.routing, token, (int)p.routing_dtype)) : v;
-    };
+    auto read = [&](i64 row, int i) { return input_of(p, QDQ == 2 && p.per_expert1 ? row / p.k : row, i); };
     auto scale = [&](i64 row) { return p.scale1[p.per_expert1 ? max((int)r.expert[row], 0) : 0]; };
     quantize_rows(rows1, (int)p.H, steps1 * 64, p.xq, (float*)0, read, scale, worker, workers, lane);
     grid_wait();

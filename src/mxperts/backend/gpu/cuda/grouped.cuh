@@ -27,8 +27,3 @@ struct Args : Call {
   i64 aligned;    // whether rows of hidden states can be read 16 bytes at a time
   i64 second;     // which projection
 };
-
-DI int units_of(const Args& p, bool second) {
-  return (int)(second ? (p.H + 31) / 32 : (p.I + (GATED ? 15 : 31)) / (GATED ? 16 : 32));
-}
-DI int steps_of(const Args& p, bool second) { return (int)(((second ? p.I : p.H) + 63) / 64); }

@@ -27,8 +27,6 @@ DI void load8(const void* p, i64 i, float (&v)[8]) {
   }
 }
 
-DI float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
-
 #if QDQ == 1
 // As quantize_in_block of common.cuh, for a block in four neighbouring lanes.
 DI void quantize_block(float (&v)[8]) {
@@ -37,18 +35,9 @@ DI void quantize_block(float (&v)[8]) {
   for (int i = 0; i < 8; i++) amax = max(amax, __float_as_uint(v[i]) & 0x7fffffffu);
   amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
   amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
-  int field = (int)((amax + RULE_CARRY) >> 23);
-  int s = field >= RULE_OVERFLOW ? 254 : min(max(field - RULE_OFFSET, 0), 254);
-  int e = 127 - s, e1 = e >> 1, e2 = e - e1;
-  float to1 = power_of_two(e1), to2 = power_of_two(e2), from1 = power_of_two(-e1), from2 = power_of_two(-e2);
+  const SharedScale scale(amax);
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    float m = fabsf(v[i]) * to1 * to2;
-    int top = min(max((int)(__float_as_uint(m) >> 23) - 127, RULE_EMIN), RULE_ETOP);
-    float magic = power_of_two(top + 23 - RULE_MANTISSA);
-    float q = fminf((m + magic) - magic, __uint_as_float(RULE_LARGEST)) * from1 * from2;
-    v[i] = amax >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : copysignf(q, v[i]);
-  }
+  for (int i = 0; i < 8; i++) v[i] = amax >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : scale.quantize(v[i]);
 }
 #else
 DI void quantize_block(float (&)[8]) {}

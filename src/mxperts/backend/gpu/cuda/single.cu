@@ -63,23 +63,9 @@ template <int CELLS> DI void load_row(Load<CELLS>& to, const u16* row, i64 plane
   }
 }
 
-template <int J, int M> DI void multiply_part(float (&c)[4], const Codes& codes, u32 even, u32 odd, const Quad (&x)[PLANES][2]) {
-  u32 a[4];
-  fragment<J, M>(codes, even, odd, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, M ? x[i][J].z : x[i][J].x, M ? x[i][J].w : x[i][J].y);
-}
 template <int CELLS> DI void multiply(float (&c)[CELLS][4], const Load<CELLS>& v, int cell) {
 #pragma unroll
-  for (int i = 0; i < CELLS; i++) {
-    const u32 scales = cell + i ? v.scales.y : v.scales.x;
-    u32 even = scale_factor<0>(scales), odd = scale_factor<1>(scales);
-    multiply_part<0, 0>(c[i], v.codes[i], even, odd, v.x);
-    multiply_part<0, 1>(c[i], v.codes[i], even, odd, v.x);
-    even = scale_factor<2>(scales), odd = scale_factor<3>(scales);
-    multiply_part<1, 0>(c[i], v.codes[i], even, odd, v.x);
-    multiply_part<1, 1>(c[i], v.codes[i], even, odd, v.x);
-  }
+  for (int i = 0; i < CELLS; i++) multiply_cell(c[i], v.codes[i], cell + i ? v.scales.y : v.scales.x, v.x);
 }
 
 constexpr int VALUES = GATED ? 16 : 32;                // intermediate values of a unit
@@ -92,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(WARPS1 * 32) first(const __grid_con
   const i64 pair = blockIdx.y, e = expert_of(p, pair), pairs = p.T * p.k;
   if (e < 0) return;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int units = (int)((p.I + VALUES - 1) / VALUES), steps = (int)((p.H + 63) / 64);
+  const int units = units_of(p, false), steps = steps_of(p, false);
   const int unit = blockIdx.x * UNITS + warp % UNITS, part = warp / UNITS;
   const u8* weights = p.w1 + (e * units + min(unit, units - 1)) * steps * SLICE;
   const i64 row = QDQ == 2 && p.per_expert1 ? pair : pair / p.k, rows = QDQ == 2 && p.per_expert1 ? pairs : p.T;
@@ -147,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(WARPS1 * 32) first(const __grid_con
   }
   if (QDQ == 1) a = round_to_hidden(quantize_in_block(a));
   if (QDQ == 2 && i < p.I) a = round_to_hidden(quantize_fp8(a, p.scale2[p.per_expert2 ? e : 0]));
-  const int width = (int)((p.I + 63) / 64) * 64;
+  const int width = steps_of(p, true) * 64;
   for (int to = i; to < width; to += blockIdx.x + 1 == gridDim.x ? UNITS * VALUES : width) {  // and zeros behind the last
     if (QDQ == 3) p.af[pair * width + to] = a;
     else store_planes(p.a, pair * width + to, pairs * width, a);
@@ -162,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(WARPS2 * 32) second(const __grid_co
   let_next_start();
   const i64 token = blockIdx.y, pairs = p.T * p.k;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, k = (int)p.k;
-  const int units = (int)((p.H + 31) / 32), steps = (int)((p.I + 63) / 64), unit = blockIdx.x / 2, cell = blockIdx.x % 2;
+  const int units = units_of(p, true), steps = steps_of(p, true), unit = blockIdx.x / 2, cell = blockIdx.x % 2;
   for (int slot = threadIdx.x; slot < k; slot += WARPS2 * 32) {
     i64 e = expert_of(p, token * k + slot);
     weights[slot] = e < 0 ? (const u8*)0 : p.w2 + (e * units + unit) * steps * SLICE;
@@ -232,13 +218,9 @@ extern "C" __global__ void __launch_bounds__(WARPS2 * 32) second(const __grid_co
 extern "C" __global__ void __launch_bounds__(256) inputs(const __grid_constant__ Args p) {
   let_next_start();
   const i64 rows = QDQ == 2 && p.per_expert1 ? p.T * p.k : p.T;
-  auto read = [&](i64 row, int i) {
-    i64 token = QDQ == 2 && p.per_expert1 ? row / p.k : row;
-    float v = load_number(p.x, token * p.x_stride + i, HIDDEN);
-    return p.on_input ? round_to_hidden(v * load_number(p.routing, token, (int)p.routing_dtype)) : v;
-  };
+  auto read = [&](i64 row, int i) { return input_of(p, QDQ == 2 && p.per_expert1 ? row / p.k : row, i); };
   auto scale = [&](i64 row) { return p.scale1[p.per_expert1 ? max(0, expert_of(p, row)) : 0]; };
-  quantize_rows(rows, (int)p.H, (int)((p.H + 63) / 64) * 64, p.xq, (float*)0, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5),
+  quantize_rows(rows, (int)p.H, steps_of(p, false) * 64, p.xq, (float*)0, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5),
                 gridDim.x * 8, threadIdx.x & 31);
 }
 
@@ -246,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(256) inputs(const __grid_constant__
 extern "C" __global__ void __launch_bounds__(256) middle(const __grid_constant__ Args p) {
   let_next_start();
   wait_for_previous();
-  const int width = (int)((p.I + 63) / 64) * 64;
+  const int width = steps_of(p, true) * 64;
   auto read = [&](i64 row, int i) { return expert_of(p, row) < 0 ? 0.f : p.af[row * width + i]; };
   auto scale = [&](i64 row) { return 1.f; };
   quantize_rows(p.T * p.k, (int)p.I, width, p.a, (float*)0, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5), gridDim.x * 8,
