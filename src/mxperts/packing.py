@@ -31,6 +31,12 @@ def pack(codes: Tensor, fmt: BlockFormat) -> Tensor:
     return torch.stack(bytes_, dim=-1).flatten(-2).to(torch.uint8)
 
 
+def magnitudes(packed: Tensor, fmt: BlockFormat) -> Tensor:
+    """``unpack`` with the bits cleared that are only signs: 0 for zeros of either sign."""
+    codes = unpack(packed, fmt)
+    return codes & (fmt.element.sign_bit - 1) if fmt.element.has_signed_zero else codes
+
+
 def unpack(packed: Tensor, fmt: BlockFormat) -> Tensor:
     """The codes that ``pack`` packed: uint8 [..., packed * 8 / bits], one a byte.
 

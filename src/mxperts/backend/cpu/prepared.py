@@ -14,7 +14,7 @@ from torch import Tensor
 from mxperts.backend.cpu.layout import Projection
 from mxperts.formats import SCALE_BIAS, SCALE_NAN, BlockFormat
 from mxperts.ops.prepare import ExpertsLayout
-from mxperts.packing import unpack
+from mxperts.packing import magnitudes
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In the order of ``call.BF16``, ``FP16``, ``FP32``."""
@@ -75,14 +75,8 @@ def need_care(packed: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:
                 continue
             blocks = suspect[s.to(torch.int64)]  # [N, K / 32]
             codes = packed[e].unflatten(-1, (-1, fmt.block_bytes))[blocks]
-            careful[i, e] = bool((_magnitudes(codes, fmt) != 0).any())
+            careful[i, e] = bool((magnitudes(codes, fmt) != 0).any())
     return careful
-
-
-def _magnitudes(codes: Tensor, fmt: BlockFormat) -> Tensor:
-    """Packed codes with the bits cleared that are only signs."""
-    element = fmt.element
-    return unpack(codes, fmt) & (element.sign_bit - 1) if element.has_signed_zero else codes
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from mxperts.backend.gpu.paths import CUDA, choose, forced
 from mxperts.errors import BackendUnavailable
 from mxperts.formats import BlockFormat
 from mxperts.ops.prepare import ExpertsLayout
-from mxperts.packing import unpack
+from mxperts.packing import magnitudes
 
 SMALLEST_SCALE = 16
 """Below this scale byte bf16 has not every product of element and scale."""
@@ -78,7 +78,6 @@ def _fit(packed: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:
         for code in special:  # codes of these formats are bytes
             fit &= (packed[e] != code).all()
         small = scales[e] < SMALLEST_SCALE
-        codes = unpack(packed[e], fmt).unflatten(-1, (-1, fmt.block_size))
-        magnitudes = codes & (fmt.element.sign_bit - 1) if fmt.element.has_signed_zero else codes
-        fit &= ~(small & (magnitudes != 0).any(-1)).any()
+        sizes = magnitudes(packed[e], fmt).unflatten(-1, (-1, fmt.block_size))
+        fit &= ~(small & (sizes != 0).any(-1)).any()
     return fit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mxperts.benchmark.inputs import Inputs, Weights
 from mxperts.benchmark.problem import Problem
-from mxperts.formats import Activation
+from mxperts.formats import MXFP4, Activation
 
 Run = Callable[[int], Tensor]
 """Runs call ``i`` of the inputs on the layer of call ``i`` and returns [T, H]; it may return the same memory again."""
@@ -63,3 +63,11 @@ class Contender(ABC):
     def how(self, problem: Problem) -> str:
         """In a few words, how it runs a problem here, if it can say."""
         return ""
+
+
+def needs_whole_blocks(problem: Problem) -> str | None:
+    """Why a contender refuses a problem that takes no padding."""
+    block = MXFP4.block_size
+    if problem.shape.hidden % block or problem.shape.intermediate % block:
+        return f"it needs H and I to be multiples of {block}"
+    return None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxperts.benchmark.contenders.base import Bind, Contender, Run
+from mxperts.benchmark.contenders.base import Bind, Contender, Run, needs_whole_blocks
 from mxperts.benchmark.contenders.ggml_library import TYPE_F32, TYPE_I32, TYPE_MXFP4, Ggml, load_ggml
 from mxperts.benchmark.contenders.installed import version_of
 from mxperts.benchmark.contenders.loop import SWIGLU_ALPHA, SWIGLU_LIMIT
@@ -34,9 +34,7 @@ class GgmlExperts(Contender):
     def refuses(self, problem: Problem) -> str | None:
         if problem.scheme.weight != MXFP4:
             return f"of the MX formats it has MXFP4 only, not {problem.scheme.weight}"
-        if problem.shape.hidden % MXFP4.block_size or problem.shape.intermediate % MXFP4.block_size:
-            return f"it needs H and I to be multiples of {MXFP4.block_size}"
-        return None
+        return needs_whole_blocks(problem)
 
     def activation(self, problem: Problem) -> Activation:
         return None

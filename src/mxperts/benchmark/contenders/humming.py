@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.benchmark.contenders.base import Bind, Contender, Run
+from mxperts.benchmark.contenders.base import Bind, Contender, Run, needs_whole_blocks
 from mxperts.benchmark.contenders.grouped.routing import blocks_of
 from mxperts.benchmark.contenders.installed import package_folder, version_of
 from mxperts.benchmark.inputs import Call, Inputs, Weights
@@ -51,9 +51,7 @@ class Humming(Contender):
             return f"it is called for MXFP4 and MXFP6 weights only here, not for {problem.scheme.weight}"
         if problem.activation != "silu":
             return f"it is called for silu only here, not for {problem.activation}"
-        if problem.shape.hidden % MXFP4.block_size or problem.shape.intermediate % MXFP4.block_size:
-            return f"it needs H and I to be multiples of {MXFP4.block_size}"
-        return None
+        return needs_whole_blocks(problem)
 
     def activation(self, problem: Problem) -> Activation:
         return None

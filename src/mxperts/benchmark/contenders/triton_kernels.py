@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxperts.benchmark.contenders.base import Bind, Contender, Run
+from mxperts.benchmark.contenders.base import Bind, Contender, Run, needs_whole_blocks
 from mxperts.benchmark.contenders.installed import package_folder, version_of
 from mxperts.benchmark.contenders.loop import SWIGLU_ALPHA, SWIGLU_LIMIT
 from mxperts.benchmark.inputs import Call, Inputs, Weights
@@ -41,9 +41,7 @@ class TritonKernels(Contender):
     def refuses(self, problem: Problem) -> str | None:
         if problem.scheme.weight != MXFP4:
             return f"of the MX formats it has MXFP4 only, not {problem.scheme.weight}"
-        if problem.shape.hidden % MXFP4.block_size or problem.shape.intermediate % MXFP4.block_size:
-            return f"it needs H and I to be multiples of {MXFP4.block_size}"
-        return None
+        return needs_whole_blocks(problem)
 
     def activation(self, problem: Problem) -> Activation:
         return None

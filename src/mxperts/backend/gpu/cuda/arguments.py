@@ -97,6 +97,12 @@ class Given:
         }
 
 
+def current(device: torch.device) -> tuple[int, int]:
+    """The index of a device and the handle of its current stream."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
 def active_experts(pairs: int, experts: int) -> float:
     """How many experts at least one of so many pairs is for, on average, if each is drawn from all alike."""
     return experts * (1 - (1 - 1 / experts) ** pairs)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_experts, workspace
+from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_experts, current, workspace
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
-from mxperts.backend.gpu.cuda.macros import FUNCTIONS as FUNCTIONS
-from mxperts.backend.gpu.cuda.macros import function_macros, hidden_macros, quantised, weight_macros
+from mxperts.backend.gpu.cuda.macros import hidden_macros, problem_macros
 from mxperts.errors import BackendUnavailable
 from mxperts.formats import FP8_DYNAMIC, Activation
 from mxperts.ops.experts import ExpertsCall
@@ -53,7 +52,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
     given, layout = Given(call, out), call.layout
     tokens, k = call.top_k_index.shape
     pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index, stream = current(device)
     kernel, blocks = _kernel(layout, dtype, activation, call.activation.name, _room(pairs), index)
     groups, workers = expected_groups(pairs, layout.experts), blocks * kernel.threads // 32
     parts1, parts2 = (parts(groups * t.units, t.steps, workers) for t in (first, second))
@@ -68,7 +67,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
         y=4 * parts2 * pairs * second.units * UNIT_ROWS,
     )
     arguments = _Arguments(**given.fields, **addresses, parts1=parts1, parts2=parts2)
-    kernel(blocks, arguments, torch.cuda.current_stream(index).cuda_stream)
+    kernel(blocks, arguments, stream)
 
 
 def _room(pairs: int) -> int:
@@ -87,10 +86,7 @@ def _kernel(
     routing_bytes = pairs * (4 * 2 + 1 + 16) + 4 * experts + 64
     warps, depth = ring(slice_bytes, properties.shared_memory_per_block_optin - routing_bytes)
     macros = {
-        **weight_macros(layout.weight),
-        **hidden_macros(dtype, activation).macros(),
-        **quantised(activation),
-        **function_macros(function, layout.interleaved),
+        **problem_macros(layout, dtype, activation, function),
         "PAIRS": str(pairs),
         "EXPERTS": str(experts),
         "ALL_WARPS": str(warps),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, workspace
+from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, current, workspace
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
-from mxperts.backend.gpu.cuda.macros import function_macros, hidden_macros, quantised, weight_macros
+from mxperts.backend.gpu.cuda.macros import hidden_macros, problem_macros
 from mxperts.formats import Activation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
@@ -70,7 +70,7 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
     given, layout = Given(call, out), call.layout
     tokens, k = call.top_k_index.shape
     pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index, stream = current(device)
     planes = hidden_macros(dtype, activation).planes
     tile = choose_tile(planes)
     kernels = _kernels(layout, dtype, activation, call.activation.name, tile, index)
@@ -95,7 +95,6 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
         aligned=given.x.stride(0) * dtype.itemsize % 16 == 0 and given.x.data_ptr() % 16 == 0,
         second=False,
     )
-    stream = torch.cuda.current_stream(index).cuda_stream
     kernels.sort(1, arguments, stream)
     kernels.first_inputs(rows, arguments, stream)
     kernels.grouped(kernels.blocks, arguments, stream)
@@ -138,16 +137,13 @@ def _kernels(
     assert layout.weight is not None
     properties: Any = torch.cuda.get_device_properties(device)
     wgmma = has_wgmma(device)
-    hidden = hidden_macros(dtype, activation)
+    planes = hidden_macros(dtype, activation).planes
     experts = -(-layout.experts // 64) * 64
     segments = 32 if experts <= 512 else 16
     slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
-    number, shared = stages(slice_bytes, hidden.planes, tile, properties.shared_memory_per_block_optin)
+    number, shared = stages(slice_bytes, planes, tile, properties.shared_memory_per_block_optin)
     macros = {
-        **weight_macros(layout.weight),
-        **hidden.macros(),
-        **quantised(activation),
-        **function_macros(function, layout.interleaved),
+        **problem_macros(layout, dtype, activation, function),
         "WGMMA": str(int(wgmma)),
         "MOST_N": str(tile),
     }

@@ -10,6 +10,7 @@ import torch
 from mxperts.backend.gpu.cuda.element import bf16_rule
 from mxperts.backend.gpu.rule import block_rule
 from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Activation, BlockFormat, Role, recipe
+from mxperts.ops.prepare import ExpertsLayout
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of dtypes."""
@@ -47,6 +48,17 @@ def function_macros(name: str, interleaved: bool) -> dict[str, str]:
         "FUNCTION": str(FUNCTIONS.index(name.removesuffix("_no_mul"))),
         "GATED": str(int(not name.endswith("_no_mul"))),
         "INTERLEAVED": str(int(interleaved)),
+    }
+
+
+def problem_macros(layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str) -> dict[str, str]:
+    """All that common.cuh asks for."""
+    assert layout.weight is not None, "dense weights"
+    return {
+        **weight_macros(layout.weight),
+        **hidden_macros(dtype, activation).macros(),
+        **quantised(activation),
+        **function_macros(function, layout.interleaved),
     }
 
 

@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_experts, workspace
+from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_experts, current, workspace
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, Tiles
-from mxperts.backend.gpu.cuda.macros import function_macros, hidden_macros, quantised, weight_macros
+from mxperts.backend.gpu.cuda.macros import hidden_macros, problem_macros
 from mxperts.formats import FP8_DYNAMIC, Activation, BlockFormat
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
@@ -76,7 +76,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
     given, layout = Given(call, out), call.layout
     tokens, k = call.top_k_index.shape
     pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index, stream = current(device)
     shape = choose(k, second)
     kernels = _kernels(layout, dtype, activation, call.activation.name, k, shape, index)
     rows1 = pairs if given.per_expert1 else tokens
@@ -89,7 +89,6 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
         af=4 * pairs * width2 if activation == FP8_DYNAMIC else 0,
     )
     arguments = _Arguments(**given.fields, **addresses)
-    stream = torch.cuda.current_stream(index).cuda_stream
     if not given.direct:
         warps = rows1 if activation == FP8_DYNAMIC else rows1 * width1 // 32
         kernels.inputs(-(-warps // 8), arguments, stream)
@@ -110,12 +109,8 @@ def _kernels(
     shape: Shape,
     device: int,
 ) -> _Kernels:
-    assert layout.weight is not None
     macros = {
-        **weight_macros(layout.weight),
-        **hidden_macros(dtype, activation).macros(),
-        **quantised(activation),
-        **function_macros(function, layout.interleaved),
+        **problem_macros(layout, dtype, activation, function),
         "SLOTS": str(-(-k // 8) * 8),
         "WARPS1": str(shape.warps1),
         "DEEP1": str(shape.deep1),
