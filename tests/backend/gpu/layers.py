@@ -1,33 +1,13 @@
-"""Layers that together have everything the GPU backend must run, and what their results may be."""
+"""The layers of the covering set, on a GPU or in Triton's interpreter, which takes its time for every token."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
-import bounds
-import numpy as np
-import torch
+import covering
 from torch import Tensor
 
 import mxperts as mx
-from mxperts.formats import BLOCK_FORMATS
-from mxperts.ops.activation import ACTIVATIONS
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FORMATS = [f.name for f in BLOCK_FORMATS]
-ACTIVATION_FORMATS = [None, *FORMATS, "fp8_static", "fp8_per_expert", "fp8_dynamic"]
-FEW_BITS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxint8")
-CONSTANTS: dict[str, tuple[dict[str, float], ...]] = {
-    "silu": ({}, {"limit": 2.5}),
-    "swigluoai": ({}, {"limit": 1.5, "alpha": 1.25, "beta": 0.0}),
-    "situ": ({"beta": 0.75}, {"beta": 3.0, "linear_beta": 2.0}),
-    "swiglustep": ({}, {"limit": 1.25}),
-}
-SHAPES = [(100, 72), (33, 40), (1, 33), (64, 1), (128, 64), (40, 200), (65, 96)]
-E = 5
-
-PAIRS = list(itertools.product(FORMATS, ACTIVATION_FORMATS))
 
 
 def to(device: str, value: Any) -> Any:
@@ -36,108 +16,23 @@ def to(device: str, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor | mx.MXTensor) else value
 
 
-class Layer:
-    """A layer and its tokens, the ``i``-th of a covering set.
+class Layer(covering.Layer):
+    """A layer with few tokens."""
 
-    Args:
-        integers: weights, tokens, biases and scales that are small integers times powers of two, so that float32 sums
-            are exact; the functions are those whose results are integers too, or are rounded to few bits.
-    """
+    token_counts = (1, 2, 3, 5, 7, 24)
+    halves_differ = False
 
-    def __init__(self, i: int, fmt: str, activation_format: str | None, *, integers: bool) -> None:
-        g = torch.Generator().manual_seed(i)
-        self.g, self.fmt, self.integers = g, fmt, integers
-        self.activation_format = "fp8_static" if activation_format == "fp8_per_expert" else activation_format
-        ten = i // 10
-        self.dtype = DTYPES[(2 * i + 2 * ten) % 3]
-        self.name = list(ACTIVATIONS)[(5 * i + 3 * ten) % 11]
-        if integers and activation_format not in FEW_BITS:
-            self.name = ("relu2", "relu2_no_mul")[(i + ten) % 2]
-        gated = ACTIVATIONS[self.name].gated
-        self.hidden, self.inner = SHAPES[(5 * i + ten) % 7]
-        tokens = (1, 2, 3, 5, 7, 24)[(i + ten) % 6]
-        self.interleaved = gated and (i + 4 * ten) % 5 < 2
-        self.on_input = (3 * i + ten) % 4 == 1
-        k = 1 if self.on_input else 1 + i // 2 % 4
-        rows = self.inner * (2 if gated else 1)
-        self.gate_up, self.down = self.weight(rows, self.hidden), self.weight(self.hidden, self.inner)
-        self.x = self.numbers(tokens, self.hidden).to(self.dtype)
-        if integers:
-            self.x[:, 0] = 7.0  # fp8_dynamic's scale is 2^-6
-        biased = (i // 3 + ten) % 2
-        self.bias: Any = (
-            (self.numbers(E, rows).double(), self.numbers(E, self.hidden).bfloat16()) if biased else (None,) * 2
-        )
-        self.ids = torch.stack([torch.randperm(E, generator=g)[:k] for _ in range(tokens)])
-        self.ids[torch.rand(tokens, k, generator=g) < 0.1] = -1
-        power = torch.randint(-2, 2, (tokens, k), generator=g)
-        self.routing = torch.exp2(power.float()) if integers else torch.rand(tokens, k, generator=g) * 2 - 0.5
-        choices = CONSTANTS.get(self.name, ({},))
-        self.constants = choices[ten % len(choices)]
-        self.scales: Any = None
-        if self.activation_format == "fp8_static":
-            scale = torch.exp2(torch.randint(-6, -3, (2, E), generator=g).float()) * (1 if integers else 1.3)
-            self.scales = scale if activation_format == "fp8_per_expert" else scale[:, :1].expand(2, E)
-        self.mapped = i % 3 == 2
+    def portable(self, device: str) -> Tensor:
+        """By the Triton kernels."""
+        return self.on("portable", device)
 
-    def numbers(self, *shape: int) -> Tensor:
-        if self.integers:
-            return torch.randint(-3, 4, shape, generator=self.g).float()
-        return torch.randn(*shape, generator=self.g)
-
-    def weight(self, rows: int, k: int) -> mx.MXTensor:
-        if self.integers:
-            return mx.quantize(torch.randint(-1, 2, (E, rows, k), generator=self.g) / 8, self.fmt, backend="reference")
-        return mx.quantize(self.numbers(E, rows, k) * k**-0.5, self.fmt, backend="reference")
-
-    def run(self, backend: str, device: str = "cpu", *, prepare: bool = False, **changes: Any) -> Tensor:
-        ids, expert_map = self.ids, None
-        if self.mapped:  # expert e is 2 e + 1 of all
-            expert_map = torch.full((2 * E,), -1)
-            expert_map[1::2] = torch.arange(E)
-            ids = torch.where(ids < 0, 4, 2 * ids + 1)
-        scales = self.scales
-        if scales is not None:
-            per_expert = bool((scales != scales[:, :1]).any())
-            scales = tuple(scales) if per_expert else tuple(scales[:, 0])
-        arguments: dict[str, Any] = {
-            "activation": self.name,
-            "activation_format": self.activation_format,
-            "gate_up_bias": self.bias[0],
-            "down_bias": self.bias[1],
-            "interleaved": self.interleaved,
-            "input_scales": scales,
-            "expert_map": expert_map,
-            "apply_router_weight_on_input": self.on_input,
-            **{f"swiglu_{name}": value for name, value in self.constants.items()},
-            **changes,
-        }
+    def on(self, backend: str, device: str, *, prepare: bool = False) -> Tensor:
+        """On a device, the weights prepared or as they are."""
+        ids, arguments = self.arguments()
         x, gate_up, down, ids, routing = to(device, (self.x, self.gate_up, self.down, ids, self.routing))
         weights: Any = (gate_up, down)
         if prepare:
             prepared = mx.prepare(gate_up, down, interleaved=self.interleaved, dtype=self.dtype, backend=backend)
             weights = (prepared, None)
-        return mx.fused_experts(
-            x, *weights, ids, routing, **{name: to(device, value) for name, value in arguments.items()}, backend=backend
-        )
-
-    def portable(self, device: str, **changes: Any) -> Tensor:
-        return self.run("portable", device, **changes).cpu()
-
-    def bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return bounds.experts(
-            self.x,
-            self.gate_up,
-            self.down,
-            self.ids,
-            self.routing,
-            paths=[],
-            activation=self.name,
-            constants=self.constants,
-            activation_format=self.activation_format,
-            gate_up_bias=self.bias[0],
-            down_bias=self.bias[1],
-            interleaved=self.interleaved,
-            input_scales=None if self.scales is None else self.scales.tolist(),
-            router_weight_on_input=self.on_input,
-        )
+        arguments = {name: to(device, value) for name, value in arguments.items()}
+        return mx.fused_experts(x, *weights, ids, routing, **arguments, backend=backend).cpu()

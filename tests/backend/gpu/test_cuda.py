@@ -8,7 +8,8 @@ from typing import Any
 import bounds
 import pytest
 import torch
-from layers import FORMATS, PAIRS, E, Layer, to
+from covering import FORMATS, PAIRS, E
+from layers import Layer, to
 from torch import Tensor
 
 import mxperts as mx
@@ -46,8 +47,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield request.param
 
 
-def on_gpu(layer: Layer, **changes: Any) -> Tensor:
-    return layer.run("gpu", "cuda", prepare=True, **changes).cpu()
+def on_gpu(layer: Layer) -> Tensor:
+    return layer.on("gpu", "cuda", prepare=True)
 
 
 @pytest.mark.parametrize(("i", "fmt", "activation_format"), [(i, *pair) for i, pair in enumerate(PAIRS)])

@@ -11,7 +11,8 @@ import bounds
 import dense
 import pytest
 import torch
-from layers import DTYPES, FORMATS, PAIRS, E, Layer, to
+from covering import DTYPES, FORMATS, PAIRS, E
+from layers import Layer, to
 from torch import Tensor
 
 import mxperts as mx
