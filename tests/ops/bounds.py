@@ -191,6 +191,7 @@ def experts(
     interleaved: bool = False,
     input_scales: tuple[list[float], list[float]] | None = None,
     router_weight_on_input: bool = False,
+    weighted_parts: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Lowest and highest result of ``fused_experts`` that float32 sums may give, and for which tokens.
 
@@ -198,6 +199,7 @@ def experts(
         top_k_index: local ids or -1.
         paths: those of the CPU backend that may have a part in it.
         input_scales: one for each expert.
+        weighted_parts: into how many a sum along K may be split that meet their router's weight before each other.
     """
     dtype, fmt = x.dtype, activation_format
     gate_up, down = dense.decode(gate_up_proj, dtype), dense.decode(down_proj, dtype)
@@ -222,10 +224,15 @@ def experts(
             y = product(inner, down[e], b2, n2)
             parts.append(y.mid * w)
             errors.append(abs(w) * y.error)
-            sizes.append(abs(w) * (np.abs(y.mid) + y.error))
-            lowest.append(np.where(y.error > 0, 0.0, lowest_bit(y.mid * w)))
+            size = np.abs(y.mid) + y.error
+            if weighted_parts:
+                size = (np.abs(inner.mid) + inner.error) @ np.abs(down[e]).T + np.abs(0.0 if b2 is None else b2)
+            sizes.append(abs(w) * size)
+            lowest.append(np.where((y.error > 0) | (weighted_parts > 0), 0.0, lowest_bit(y.mid * w)))
         if parts and settled[t]:
-            error = np.sum(errors, 0) + rounding_error(np.sum(sizes, 0), np.min(lowest, 0), len(parts) + 1)
+            error = np.sum(errors, 0) + rounding_error(
+                np.sum(sizes, 0), np.min(lowest, 0), len(parts) + 1 + weighted_parts
+            )
             lows[t], highs[t] = Interval(np.sum(parts, 0), error).rounded(dtype)
     return lows, highs, settled
 

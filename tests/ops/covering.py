@@ -129,8 +129,10 @@ class Layer:
             **{**arguments, "backend": backend, **changes},
         )
 
-    def bounds(self, paths: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the results, on any of these paths of the CPU backend."""
+    def bounds(
+        self, paths: Sequence[str] = (), *, weighted_parts: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the results, on any of these paths of the CPU backend; see ``bounds.experts``."""
         return bounds.experts(
             self.x,
             self.gate_up,
@@ -146,4 +148,5 @@ class Layer:
             interleaved=self.interleaved,
             input_scales=None if self.scales is None else self.scales.tolist(),
             router_weight_on_input=self.on_input,
+            weighted_parts=weighted_parts,
         )

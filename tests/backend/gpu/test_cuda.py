@@ -15,11 +15,12 @@ from torch import Tensor
 import mxperts as mx
 from mxperts.backend.gpu import experts as dispatcher
 from mxperts.backend.gpu import paths
+from mxperts.backend.gpu.cuda import grouped
 from mxperts.backend.gpu.prepared import are_tiles
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("single", "decode", "grouped")
+KERNELS = ("single", "narrow", "wide")
 SLACK = 2.0**-15
 """Of the activation function, relative: an exponential of a number that is itself rounded. float32 has none of it."""
 
@@ -42,9 +43,16 @@ def needs_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """One of the kernels, which then runs every call."""
-    monkeypatch.setattr(dispatcher, "choose_kernel", lambda call: getattr(dispatcher, request.param))
+    module = dispatcher.single if request.param == "single" else dispatcher.grouped
+    monkeypatch.setattr(dispatcher, "choose_kernel", lambda call: module)
+    monkeypatch.setattr(grouped, "MOST_NARROW", 1e9 if request.param == "narrow" else 0)
     with paths.use_path("cuda"):
         yield request.param
+
+
+def bounds_of(layer: Layer, kernel: str) -> tuple[Any, ...]:
+    """``single`` weights what each warp has of a sum, but for integers, whose weights are powers of two."""
+    return layer.bounds(weighted_parts=16 if kernel == "single" and not layer.integers else 0)
 
 
 def on_gpu(layer: Layer) -> Tensor:
@@ -55,7 +63,7 @@ def on_gpu(layer: Layer) -> Tensor:
 def test_exact_sums(i: int, fmt: str, activation_format: str | None, kernel: str) -> None:
     """Integers: no sum is rounded, and the result is the reference's where the activation function leaves no choice."""
     layer = Layer(i, fmt, activation_format, integers=True)
-    expected, limits = layer.run("reference"), layer.bounds()
+    expected, limits = layer.run("reference"), bounds_of(layer, kernel)
     y = on_gpu(layer)
     bounds.assert_within(y, limits)
     if layer.name.startswith("relu2"):
@@ -68,7 +76,7 @@ def test_random_numbers(i: int, fmt: str, activation_format: str | None, kernel:
     layer = Layer(i + 60, fmt, activation_format, integers=False)
     y = on_gpu(layer)
     assert y.dtype is layer.dtype
-    bounds.assert_within(y, layer.bounds())
+    bounds.assert_within(y, bounds_of(layer, kernel))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mxperts as mx
-from mxperts.backend.gpu.cuda import decode, grouped, single
+from mxperts.backend.gpu.cuda import grouped, single
 from mxperts.backend.gpu.experts import choose_kernel
 from mxperts.backend.gpu.paths import batch_invariant
 from mxperts.backend.gpu.prepared import projections
@@ -39,17 +39,16 @@ class Notes:
 @pytest.fixture(autouse=True)
 def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     LAUNCHED.clear()
-    for module in (decode, grouped, single):
+    for module in (grouped, single):
         monkeypatch.setattr(module, "Kernel", Notes)
-        kernels = getattr(module, "_kernels", None) or module._kernel
-        kernels.cache_clear()
+        module._kernels.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     yield
-    for module in (decode, grouped, single):
-        (getattr(module, "_kernels", None) or module._kernel).cache_clear()
+    for module in (grouped, single):
+        module._kernels.cache_clear()
 
 
 def call(tokens: int, k: int = 2, experts: int = 8, **changes: Any) -> ExpertsCall:
@@ -83,7 +82,7 @@ def launch(module: ModuleType, c: ExpertsCall) -> list[tuple[str, Any, Any]]:
 
 def test_hidden_states_are_read_where_they_are() -> None:
     c = call(3)
-    for module in (single, decode):
+    for module in (single, grouped):
         LAUNCHED.clear()
         for _, _, arguments in launch(module, c):
             assert (arguments.x, arguments.direct, arguments.x_stride) == (c.hidden_states.data_ptr(), 1, 128)
@@ -95,7 +94,7 @@ def test_hidden_states_are_read_where_they_are() -> None:
 def test_numbers_of_any_dtype_and_strides() -> None:
     bias = torch.zeros(8, 192, dtype=torch.float64), torch.zeros(128, 8, dtype=torch.float16).T
     c = call(3, gate_up_bias=bias[0], down_bias=bias[1], top_k_weights=torch.ones(2, 3, dtype=torch.float64).T)
-    for module in (single, decode, grouped):
+    for module in (single, grouped):
         LAUNCHED.clear()
         for _, _, arguments in launch(module, c):
             assert (arguments.bias1_dtype, arguments.bias2_dtype, arguments.routing_dtype) == (2, 1, 2)
@@ -126,19 +125,16 @@ def test_one_token_is_two_launches() -> None:
     assert [name for name, *_ in launch(single, by_row)] == ["inputs", "first", "middle", "second"]
 
 
-def test_decoding_is_one_launch_on_every_multiprocessor() -> None:
-    ((name, blocks, arguments),) = launch(decode, call(30))
-    assert (name, blocks) == ("decode", 132)
-    assert arguments.parts1 >= 1
-    assert arguments.parts2 >= 1
-
-
 @pytest.mark.parametrize("activation_format", [None, "mxfp6_e2m3", "fp8_dynamic"])
-def test_many_tokens_are_six_launches(activation_format: str | None) -> None:
-    launched = launch(grouped, call(300, activation_format=parse_activation(activation_format)))
-    names = [name for name, *_ in launched]
-    assert names == ["sort", "inputs", "grouped", "inputs", "grouped", "combine"]
-    assert [arguments.second for _, _, arguments in launched] == [0, 0, 0, 1, 1, 1]
+@pytest.mark.parametrize(("tokens", "product"), [(30, "narrow"), (300, "wide")])
+def test_more_tokens_are_six_launches(tokens: int, product: str, activation_format: str | None) -> None:
+    launched = launch(grouped, call(tokens, activation_format=parse_activation(activation_format)))
+    names = ["sort", "inputs", product, "inputs", product, "combine"]
+    seconds = [0, 0, 0, 1, 1, 1]
+    if product == "narrow" and activation_format is None:  # which reads the hidden states where they are
+        del names[1], seconds[1]
+    assert [name for name, *_ in launched] == names
+    assert [arguments.second for _, _, arguments in launched] == seconds
 
 
 def test_very_many_tokens_go_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +156,20 @@ def test_one_kernel_for_any_number_of_tokens_where_batches_must_not_matter() -> 
 
 def test_the_kernel_follows_the_number_of_pairs() -> None:
     """From one token to thousands, at the experts of large models."""
+
+    def kernel(tokens: int, k: int, experts: int) -> str:
+        if choose_kernel(call(tokens, k, experts)) is single:
+            return "single"
+        return "wide" if grouped.choose_product(tokens * k, experts, planes=1, wgmma=True).is_wide else "narrow"
+
     for experts, k, expected in (
-        (128, 4, {1: single, 2: single, 8: decode, 64: decode, 128: decode, 129: grouped, 4096: grouped}),
-        (8, 2, {1: single, 8: decode, 24: decode, 64: grouped}),
-        (256, 8, {1: single, 2: single, 8: decode, 64: decode, 65: grouped}),
+        (128, 4, {1: "single", 2: "single", 64: "narrow", 512: "narrow", 4096: "wide"}),
+        (8, 2, {1: "single", 8: "narrow", 64: "narrow", 512: "wide"}),
+        (256, 8, {1: "single", 2: "single", 64: "narrow", 512: "narrow", 4096: "wide"}),
     ):
-        for tokens, module in expected.items():
-            assert choose_kernel(call(tokens, k, experts)) is module, (experts, tokens)
+        assert {tokens: kernel(tokens, k, experts) for tokens in expected} == expected
+
+
+def test_without_wgmma_every_product_is_narrow() -> None:
+    for pairs in (8, 100, 10000):
+        assert not grouped.choose_product(pairs, 8, planes=3, wgmma=False).is_wide

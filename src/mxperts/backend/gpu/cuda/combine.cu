@@ -1,9 +1,12 @@
 // The sum over a token's slots, in their order, rounded once; a block a token.
+#include "async.cuh"
 #include "grouped.cuh"
 
 constexpr int THREADS = 128;
 
 extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Args p) {
+  wait_for_previous();
+  let_next_start();
   const i64 token = blockIdx.x;
   const int H = (int)p.H, k = (int)p.k, height = units_of(p, true) * 32;
   for (int h = threadIdx.x * 4; h < H; h += THREADS * 4) {

@@ -10,6 +10,7 @@
 //   QDQ                     how inputs are quantised: 0 not, 1 in blocks, 2 fp8 with given scales, 3 fp8, scale of a row
 //   RULE_*                  of the blocks: see rule.BlockRule
 //   GATED, FUNCTION         the activation function
+#pragma once
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -238,6 +239,37 @@ DI void multiply_cell(float (&c)[4], const Codes& codes, u32 scales, const Quad 
   even = scale_factor<2>(scales), odd = scale_factor<3>(scales);
   multiply_part<1, 0>(c, codes, even, odd, x);
   multiply_part<1, 1>(c, codes, even, odd, x);
+}
+
+// For products with one row, sums of blocks are what scales are best applied to: they are fewer than weights. Of patterns as
+// they are, they need inputs times 2^OFFSET. float16 would round weights, which then are to have their scales.
+constexpr bool SCALE_SUMS = HIDDEN != 1;
+
+template <int BYTE> DI float scale_of_sum(u32 scales) {  // 2^(byte - 127); 0 for byte 0, which only zeros have
+  return __uint_as_float((BYTE == 0 ? scales << 23 : BYTE == 1 ? scales << 15 : BYTE == 2 ? scales << 7 : scales >> 1) & 0x7f800000u);
+}
+template <int J> DI void multiply_block_by_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
+  u32 a[4];
+  float c[4] = {};
+  patterns<J, 0>(codes, a);
+#pragma unroll
+  for (int i = 0; i < PLANES; i++) mma(c, a, x[i][J].x, x[i][J].y);
+  patterns<J, 1>(codes, a);
+#pragma unroll
+  for (int i = 0; i < PLANES; i++) mma(c, a, x[i][J].z, x[i][J].w);
+  sums[0] = fmaf(c[0], scale_of_sum<2 * J>(scales), sums[0]);
+  sums[1] = fmaf(c[2], scale_of_sum<2 * J + 1>(scales), sums[1]);
+}
+// A cell's products with a row, which all columns of B are; the sums of rows g and g + 8.
+DI void multiply_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
+  if constexpr (SCALE_SUMS) {
+    multiply_block_by_row<0>(sums, codes, scales, x);
+    multiply_block_by_row<1>(sums, codes, scales, x);
+  } else {
+    float c[4] = {sums[0], 0.f, sums[1], 0.f};
+    multiply_cell(c, codes, scales, x);
+    sums[0] = c[0], sums[1] = c[2];
+  }
 }
 
 // ---- inputs --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 // What the kernels for many tokens share. One after the other they sort the pairs (token, slot) by expert, write the inputs
 // of the first projection, compute it, write the inputs of the second, compute it, and sum over each token's slots.
 //
-//   MOST_N             most tokens of a tile; a multiple of 16
-//   WGMMA              whether the kernels are for wgmma, which wants its inputs in another order than mma.sync
+//   MOST_N, STEP_N     most tokens of a tile, and what their number is rounded up to
+//   WGMMA              whether products are wgmma's, which wants its inputs in another order than mma.sync
+#pragma once
 #include "common.cuh"
 
 // Tokens of one expert that are computed together, times all rows of its weights.

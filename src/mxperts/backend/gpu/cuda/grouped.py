@@ -10,22 +10,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, current, workspace
+from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_experts, current, workspace
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
 from mxperts.backend.gpu.cuda.macros import hidden_macros, problem_macros
+from mxperts.backend.gpu.paths import is_batch_invariant
 from mxperts.formats import Activation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
 
 MOST_PAIRS = 1 << 17
 """Pairs that are computed together; it bounds the workspace. More are computed one part after the other."""
-_UNITS = 8
-"""Units of 32 rows that a block computes."""
+MOST_NARROW = 32
+"""Pairs for each expert up to which ``narrow`` was measured to be the faster."""
+_WARPS = 8
+"""That compute, of a block."""
 _MOST_STAGES = 8
 _TILE_BYTES = 32
 _RESERVED = 1024
 """Shared memory that every block has besides its own; as much again is left for what is not sized here."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A kernel that computes a projection, and how.
+
+    Attributes:
+        tile: most tokens of an expert that are computed together.
+        share: warps of ``narrow`` that share the K of a unit of rows; 0 for the kernel ``wide``.
+        chunk: steps whose inputs a block of ``narrow`` has in shared memory.
+        blocks: on a multiprocessor.
+    """
+
+    tile: int
+    share: int = 0
+    chunk: int = 0
+    blocks: int = 1
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is ``wide``, which is for wgmma."""
+        return self.share == 0
+
+    @property
+    def units(self) -> int:
+        """Units of 32 rows of a block."""
+        return _WARPS if self.is_wide else _WARPS // self.share
 
 
 class _Arguments(CallArguments):
@@ -43,7 +73,7 @@ class _Kernels:
     sort: Kernel
     first_inputs: Kernel
     second_inputs: Kernel
-    grouped: Kernel
+    product: Kernel
     combine: Kernel
     blocks: int
 
@@ -72,14 +102,14 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
     pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
     index, stream = current(device)
     planes = hidden_macros(dtype, activation).planes
-    tile = choose_tile(planes)
-    kernels = _kernels(layout, dtype, activation, call.activation.name, tile, index)
+    product = choose_product(pairs, layout.experts, planes, has_wgmma(index))
+    kernels = _kernels(layout, dtype, activation, call.activation.name, product, index)
     rows = pairs if given.per_expert1 else tokens
     # One projection's inputs, and its results, are done with when the other's are written.
     _memory, addresses = workspace(
         device,
         totals=8,
-        tiles=_TILE_BYTES * most_tiles(pairs, layout.experts, tile),
+        tiles=_TILE_BYTES * most_tiles(pairs, layout.experts, product.tile),
         position=4 * pairs,
         source=4 * pairs,
         expert=2 * pairs,
@@ -87,30 +117,47 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
         a=2 * planes * max(rows * first.steps, pairs * second.steps) * STEP,
         h=pairs * UNIT_ROWS * max(first.units * dtype.itemsize, second.units * 4),
     )
+    direct = given.direct and not product.is_wide
     arguments = _Arguments(
-        **given.fields,
-        **addresses,
+        **{**given.fields, **addresses, "direct": direct},
         xq=addresses["a"],
         y=addresses["h"],
         aligned=given.x.stride(0) * dtype.itemsize % 16 == 0 and given.x.data_ptr() % 16 == 0,
         second=False,
     )
     kernels.sort(1, arguments, stream)
-    kernels.first_inputs(rows, arguments, stream)
-    kernels.grouped(kernels.blocks, arguments, stream)
+    if not direct:
+        kernels.first_inputs(rows, arguments, stream)
+    kernels.product(kernels.blocks, arguments, stream)
     arguments.second = True
     kernels.second_inputs(pairs, arguments, stream)
-    kernels.grouped(kernels.blocks, arguments, stream)
+    kernels.product(kernels.blocks, arguments, stream)
     kernels.combine(tokens, arguments, stream)
 
 
-def choose_tile(planes: int) -> int:
-    """Most tokens that are computed together.
+def choose_product(pairs: int, experts: int, planes: int, wgmma: bool) -> Product:
+    """What computes so many pairs.
 
     Args:
+        pairs: tokens times slots.
+        experts: of the layer.
         planes: bf16 numbers of an input: they share the shared memory with the weights' codes.
+        wgmma: whether the device has it.
     """
-    return 128 if planes == 1 else 64
+    if is_batch_invariant() and wgmma:
+        return _wide(planes)
+    each = pairs / active_experts(pairs, experts)
+    if wgmma and each > MOST_NARROW:
+        return _wide(planes)
+    if each <= 4:
+        return Product(8, share=2, chunk=8, blocks=4)
+    if each <= 10:
+        return Product(16, share=1, chunk=8, blocks=3)
+    return Product(32, share=1, chunk=8 if planes == 1 else 4, blocks=2)
+
+
+def _wide(planes: int) -> Product:
+    return Product(128 if planes == 1 else 64)
 
 
 def most_tiles(pairs: int, experts: int, tokens: int) -> int:
@@ -119,8 +166,8 @@ def most_tiles(pairs: int, experts: int, tokens: int) -> int:
 
 
 def stages(slice_bytes: int, planes: int, tile: int, shared_bytes: int) -> tuple[int, int]:
-    """Steps that a block of so much shared memory keeps there, and the bytes that they take."""
-    stage = -(-(planes * tile * STEP * 2 + _UNITS * slice_bytes) // 1024) * 1024
+    """Steps that a block of ``wide`` keeps in so much shared memory, and the bytes that they take."""
+    stage = -(-(planes * tile * STEP * 2 + _WARPS * slice_bytes) // 1024) * 1024
     number = min(_MOST_STAGES, (shared_bytes - 2 * _RESERVED) // stage)
     return number, number * stage + 1024  # from where an address is a multiple of 1024
 
@@ -132,31 +179,38 @@ def has_wgmma(device: int) -> bool:
 
 @lru_cache(maxsize=256)
 def _kernels(
-    layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str, tile: int, device: int
+    layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str, product: Product, device: int
 ) -> _Kernels:
     assert layout.weight is not None
     properties: Any = torch.cuda.get_device_properties(device)
-    wgmma = has_wgmma(device)
     planes = hidden_macros(dtype, activation).planes
     experts = -(-layout.experts // 64) * 64
     segments = 32 if experts <= 512 else 16
-    slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
-    number, shared = stages(slice_bytes, planes, tile, properties.shared_memory_per_block_optin)
     macros = {
         **problem_macros(layout, dtype, activation, function),
-        "WGMMA": str(int(wgmma)),
-        "MOST_N": str(tile),
+        "WGMMA": str(int(product.is_wide)),
+        "MOST_N": str(product.tile),
+        "STEP_N": "16" if product.is_wide else "8",
+        "UNITS": str(product.units),
     }
 
     def kernel(name: str, threads: int, shared_bytes: int = 0, **more: int) -> Kernel:
         every = {**macros, **{k: str(v) for k, v in more.items()}}
-        return Kernel(name, every, device, threads=threads, shared_bytes=shared_bytes, cooperative=False)
+        return Kernel(name, every, device, threads=threads, shared_bytes=shared_bytes, overlaps=True)
 
+    if product.is_wide:
+        slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
+        number, shared = stages(slice_bytes, planes, product.tile, properties.shared_memory_per_block_optin)
+        of_projection = kernel("wide", 32 * (_WARPS + 4), shared, STAGES=number)
+    else:
+        shared = 2 * planes * product.tile * product.chunk * STEP * 2
+        choices = {"SHARE": product.share, "CHUNK": product.chunk, "BLOCKS": product.blocks}
+        of_projection = kernel("narrow", 32 * _WARPS, shared, **choices)
     return _Kernels(
         kernel("sort", 32 * segments, 4 * experts * (segments + 3), SEGMENTS=segments, EXPERTS=experts),
         kernel("inputs", 128, SECOND=0),
         kernel("inputs", 128, SECOND=1),
-        kernel("grouped", 384 if wgmma else 256, shared, STAGES=number),
+        of_projection,
         kernel("combine", 128),
-        properties.multi_processor_count,
+        properties.multi_processor_count * product.blocks,
     )

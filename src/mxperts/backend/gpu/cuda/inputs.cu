@@ -3,6 +3,7 @@
 // makes of the first one's results (rows are positions).
 //
 //   SECOND    which
+#include "async.cuh"
 #include "grouped.cuh"
 
 constexpr int THREADS = 128;
@@ -108,6 +109,8 @@ DI void read8(const Args& p, i64 row, int token, int i, float (&v)[8]) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) inputs(const __grid_constant__ Args p) {
+  wait_for_previous();
+  let_next_start();
   const i64 row = blockIdx.x;
   const bool positions = SECOND || p.per_expert1;
   if (positions && row >= p.totals[1]) return;

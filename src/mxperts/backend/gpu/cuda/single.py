@@ -13,6 +13,7 @@ from mxperts.backend.gpu.cuda.arguments import CallArguments, Given, active_expe
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, Tiles
 from mxperts.backend.gpu.cuda.macros import hidden_macros, problem_macros
+from mxperts.backend.gpu.prepared import projections
 from mxperts.formats import FP8_DYNAMIC, Activation, BlockFormat
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
@@ -20,8 +21,9 @@ from mxperts.ops.prepare import ExpertsLayout
 MOST_PAIRS = 16
 MOST_SHARING = 1.1
 """Pairs for each of the experts that they are likely to be drawn from, beyond which it pays to group them."""
-_FEW_SLICES = 8
-"""Slices of a warp of the second projection up to which it loads two at a time."""
+MOST_SHARED_BYTES = 98 << 10
+"""Of a block: every GPU that the kernels are for has as much."""
+_SOURCE_BYTES = 16
 
 
 class _Arguments(CallArguments):
@@ -45,30 +47,48 @@ class Shape:
     deep2: int
 
 
-def choose(k: int, second: Tiles) -> Shape:
+def choose(k: int, first: Tiles, second: Tiles) -> Shape:
     """What to launch: more warps than slices would leave some idle, fewer would leave memory waiting.
 
     Args:
         k: slots of a token.
-        second: the second projection.
+        first, second: the projections.
     """
-    return Shape(8, 1, 16, 2 if k * second.steps <= 16 * _FEW_SLICES else 1)
+    return Shape(8, 1, 16, 2)
+
+
+def shared_bytes(shape: Shape, call: ExpertsCall, first: Tiles, second: Tiles) -> tuple[int, int]:
+    """Of a block of each projection: a run of inputs for every warp, in the second with where its weights are."""
+    k, run = call.top_k_index.shape[1], _planes(call) * 2 * STEP
+    runs1 = -(-first.steps // (shape.warps1 // _units_of_block(call)))
+    runs2 = -(-k * second.steps // shape.warps2)
+    return shape.warps1 * runs1 * run, shape.warps2 * runs2 * (run + _SOURCE_BYTES)
+
+
+def _planes(call: ExpertsCall) -> int:
+    return hidden_macros(call.hidden_states.dtype, call.activation_format).planes
+
+
+def _units_of_block(call: ExpertsCall) -> int:
+    """Of the first projection: together they have whole blocks of what is quantised next."""
+    return 2 if isinstance(call.activation_format, BlockFormat) and call.layout.gated else 1
 
 
 @dataclass(frozen=True)
 class _Kernels:
     inputs: Kernel
     first: Kernel
-    first_after_inputs: Kernel
     middle: Kernel
     second: Kernel
 
 
 def takes(call: ExpertsCall) -> bool:
     """Whether a call has so few pairs that hardly two share an expert."""
-    pairs, tokens = call.top_k_index.numel(), call.top_k_index.shape[0]
+    (tokens, k), pairs = call.top_k_index.shape, call.top_k_index.numel()
     few = pairs <= MOST_PAIRS and pairs <= MOST_SHARING * active_experts(pairs, call.layout.experts)
-    return tokens == 1 or few
+    first, second = projections(call.layout)
+    room = max(shared_bytes(choose(k, first, second), call, first, second))
+    return (tokens == 1 or few) and room <= MOST_SHARED_BYTES
 
 
 def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
@@ -77,11 +97,12 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
     tokens, k = call.top_k_index.shape
     pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
     index, stream = current(device)
-    shape = choose(k, second)
-    kernels = _kernels(layout, dtype, activation, call.activation.name, k, shape, index)
+    shape = choose(k, first, second)
+    shared = shared_bytes(shape, call, first, second)
+    kernels = _kernels(layout, dtype, activation, call.activation.name, shape, shared, index)
     rows1 = pairs if given.per_expert1 else tokens
     width1, width2 = first.steps * STEP, second.steps * STEP
-    planes = hidden_macros(dtype, activation).planes
+    planes, units = _planes(call), -(-first.units // _units_of_block(call))
     _memory, addresses = workspace(
         device,
         xq=0 if given.direct else 2 * planes * rows1 * width1,
@@ -92,8 +113,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
     if not given.direct:
         warps = rows1 if activation == FP8_DYNAMIC else rows1 * width1 // 32
         kernels.inputs(-(-warps // 8), arguments, stream)
-    units = first.units if not isinstance(activation, BlockFormat) or not layout.gated else -(-first.units // 2)
-    (kernels.first if given.direct else kernels.first_after_inputs)((units, pairs), arguments, stream)
+    kernels.first((units, pairs), arguments, stream)
     if activation == FP8_DYNAMIC:
         kernels.middle(-(-pairs // 8), arguments, stream)
     kernels.second((2 * second.units, tokens), arguments, stream)
@@ -105,26 +125,24 @@ def _kernels(
     dtype: torch.dtype,
     activation: Activation,
     function: str,
-    k: int,
     shape: Shape,
+    shared: tuple[int, int],
     device: int,
 ) -> _Kernels:
     macros = {
         **problem_macros(layout, dtype, activation, function),
-        "SLOTS": str(-(-k // 8) * 8),
         "WARPS1": str(shape.warps1),
         "DEEP1": str(shape.deep1),
         "WARPS2": str(shape.warps2),
         "DEEP2": str(shape.deep2),
     }
 
-    def kernel(name: str, threads: int, *, overlaps: bool) -> Kernel:
-        return Kernel("single", macros, device, threads=threads, overlaps=overlaps, name=name)
+    def kernel(name: str, threads: int, shared_bytes: int = 0) -> Kernel:
+        return Kernel("single", macros, device, threads=threads, shared_bytes=shared_bytes, overlaps=True, name=name)
 
     return _Kernels(
-        inputs=kernel("inputs", 256, overlaps=False),
-        first=kernel("first", 32 * shape.warps1, overlaps=False),
-        first_after_inputs=kernel("first", 32 * shape.warps1, overlaps=True),
-        middle=kernel("middle", 256, overlaps=True),
-        second=kernel("second", 32 * shape.warps2, overlaps=True),
+        inputs=kernel("inputs", 256),
+        first=kernel("first", 32 * shape.warps1, shared[0]),
+        middle=kernel("middle", 256),
+        second=kernel("second", 32 * shape.warps2, shared[1]),
     )

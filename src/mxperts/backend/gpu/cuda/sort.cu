@@ -3,6 +3,7 @@
 //
 //   SEGMENTS    warps
 //   EXPERTS     at least the number of experts
+#include "async.cuh"
 #include "grouped.cuh"
 
 constexpr int THREADS = 32 * SEGMENTS;
@@ -20,6 +21,8 @@ DI u32 same_expert(int e) {
   return same;
 }
 
+DI int round_up(int n) { return (n + STEP_N - 1) / STEP_N * STEP_N; }
+
 DI int sum_before(int v, int lane) {
   int sum = v;
 #pragma unroll
@@ -35,6 +38,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
   int* start = counts + SEGMENTS * EXPERTS;  // [EXPERTS], as are the next two
   int* length = start + EXPERTS;
   int* tile = length + EXPERTS;
+  wait_for_previous();
+  let_next_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int pairs = (int)(p.T * p.k), k = (int)p.k, E = (int)p.E;
   const int run = ((pairs + SEGMENTS - 1) / SEGMENTS + 31) / 32 * 32;
@@ -84,11 +89,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
   for (int e = threadIdx.x; e < E; e += THREADS) {
     int n = length[e], t = (n + MOST_N - 1) / MOST_N;
     if (t == 0) continue;
-    int size = ((n + t - 1) / t + 15) / 16 * 16;
+    int size = round_up((n + t - 1) / t);
     for (int i = 0; i < t; i++) {
       int count = min(size, n - i * size);  // something is left: n > MOST_N * (t - 1)
       int group = i / GROUP * GROUP;
-      const int n_of_tile = (count + 15) / 16 * 16, group_at = tile[e] + group;
+      const int n_of_tile = round_up(count), group_at = tile[e] + group;
       p.tiles[tile[e] + i] = {e, start[e] + i * size, count, n_of_tile, group_at, min(GROUP, t - group), {0, 0}};
     }
   }

@@ -1,5 +1,6 @@
 // wgmma.m64nNk16 for bf16: A in registers, B in shared memory with rows of K.
 // d[j] are the four sums of a lane and 8 columns of B, as mma.m16n8k16 has them.
+#pragma once
 
 template <int N> struct Wgmma;
 

@@ -1,0 +1,121 @@
+// A projection of the tokens of each expert, where they are few: an item is a tile of tokens times UNITS units of 32 rows.
+// Warps read weights straight into registers, decode them as the A of mma.sync and multiply them with the tile's tokens, which
+// are B in shared memory; SHARE warps share the K of a unit. Several blocks on a multiprocessor hide each other's waiting.
+//
+//   SHARE     warps of a unit
+//   CHUNK     steps of 64 of K whose inputs are in shared memory, twice; a multiple of 2 * SHARE
+//   BLOCKS    blocks on a multiprocessor
+#include "async.cuh"
+#include "product.cuh"
+
+constexpr int WARPS = UNITS * SHARE;
+constexpr int THREADS = 32 * WARPS;
+constexpr int ROW = CHUNK * 128;                // bytes of a token's inputs
+constexpr int PLANE = MOST_N * ROW;
+constexpr int STAGE = PLANES * PLANE;
+
+// A chunk of a tile's inputs, by all threads. Those of odd rows are exchanged so that lanes find theirs in different banks.
+DI void copy_chunk(const Projection& q, const Item& item, const u32* rows, int chunk, u32 stage) {
+  const int pieces = min(CHUNK, q.steps - chunk * CHUNK) * 8;
+  for (int i = threadIdx.x; i < item.tile.count * (CHUNK * 8); i += THREADS) {
+    const int row = i / (CHUNK * 8), piece = i % (CHUNK * 8);
+    if (piece >= pieces) continue;
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++) {
+      copy16(stage + plane * PLANE + row * ROW + ((piece ^ ((row & 1) << 2)) << 4),
+             (const u8*)q.x + (rows[row] + chunk * (CHUNK * 8) + piece) * (u64)16 + plane * q.plane);
+    }
+  }
+}
+
+template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const Weights<2>& w, u32 tokens) {
+  u32 a[2][2][4];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 even = scale_factor<2 * J>(w.scales[i]), odd = scale_factor<2 * J + 1>(w.scales[i]);
+    fragment<J, 0>(w.codes[i], even, odd, a[i][0]);
+    fragment<J, 1>(w.codes[i], even, odd, a[i][1]);
+  }
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++) {
+      const Quad b = load_shared4<0>(tokens + plane * PLANE + j * 8 * ROW);
+#pragma unroll
+      for (int i = 0; i < 2; i++) mma(c[i][j], a[i][0], b.x, b.y);
+#pragma unroll
+      for (int i = 0; i < 2; i++) mma(c[i][j], a[i][1], b.z, b.w);
+    }
+  }
+}
+
+template <int N>
+DI void compute(const Args& p, const Projection& q, const Item& item, const u32* rows, u8* shared, int warp, int lane) {
+  float c[2][N / 8][4] = {};
+  const int unit = warp / SHARE, part = warp % SHARE, n = lane >> 2, t = lane & 3;
+  const u32 stages = shared_address(shared);
+  const u32 first = n * ROW + ((t ^ ((n & 1) << 2)) << 4), second = n * ROW + (((t + 4) ^ ((n & 1) << 2)) << 4);
+  const u8* weights = q.unit(item.tile, min(item.unit + unit, q.units - 1));
+  Weights<2> now, then;
+  auto load = [&](Weights<2>& to, int step) { to.load(weights + (i64)min(step, q.steps - 1) * SLICE, 0, lane); };
+  load(now, part);
+  const int chunks = (q.steps + CHUNK - 1) / CHUNK;
+  copy_chunk(q, item, rows, 0, stages);
+  commit_copies();
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    wait_copies<0>();
+    __syncthreads();
+    if (chunk + 1 < chunks) copy_chunk(q, item, rows, chunk + 1, stages + (chunk + 1 & 1) * STAGE);
+    commit_copies();
+    const u32 tokens = stages + (chunk & 1) * STAGE;
+    auto use = [&](const Weights<2>& w, int step) {
+      const u32 at = tokens + step % CHUNK * 128;
+      multiply_block<N, 0>(c, w, at + first);
+      multiply_block<N, 1>(c, w, at + second);
+    };
+    const int end = min(q.steps, (chunk + 1) * CHUNK);
+    for (int step = chunk * CHUNK + part; step < end; step += 2 * SHARE) {
+      load(then, step + SHARE);
+      use(now, step);
+      load(now, step + 2 * SHARE);
+      if (step + SHARE < end) use(then, step + SHARE);
+    }
+  }
+  if constexpr (SHARE > 1) {  // the first of a unit's warps adds up what all have
+    float* sums = (float*)shared + (unit * 32 + lane) * (N + 1);
+    for (int other = SHARE - 1; other > 0; other--) {
+      __syncthreads();
+      if (part == other) {
+#pragma unroll
+        for (int i = 0; i < N; i++) sums[i] = c[i / (N / 2)][i / 4 % (N / 8)][i % 4];
+      }
+      __syncthreads();
+      if (part == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i++) c[i / (N / 2)][i / 4 % (N / 8)][i % 4] += sums[i];
+      }
+    }
+    if (part != 0) return;
+  }
+  store_results<N>(p, q, item, item.unit + unit, c, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) narrow(const __grid_constant__ Args p) {
+  extern __shared__ __align__(16) u8 shared[];
+  __shared__ u32 rows[MOST_N];
+  wait_for_previous();
+  let_next_start();
+  const Projection q(p);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int items = p.totals[0] * q.items_of_tile;
+  for (int i = blockIdx.x; i < items; i += gridDim.x) {
+    const Item item(p, q, i);
+    __syncthreads();  // all have read what the item before had in shared memory
+    for (int n = threadIdx.x; n < item.tile.count; n += THREADS) rows[n] = q.row(item.tile, n);
+    __syncthreads();
+    switch (item.tile.n) {
+#define CASE(N) case N: if constexpr (N <= MOST_N) compute<N>(p, q, item, rows, shared, warp, lane); break;
+      CASE(8) CASE(16) CASE(24) CASE(32) CASE(40) CASE(48) CASE(56) CASE(64)
+    }
+  }
+}

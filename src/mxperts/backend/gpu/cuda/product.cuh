@@ -1,0 +1,105 @@
+// What the kernels that compute a projection of grouped tokens share: which items there are, and where results go.
+//
+//   UNITS    units of 32 rows of an item
+#pragma once
+#include "grouped.cuh"
+
+struct Projection {
+  const u8* w;
+  int units, steps, items_of_tile;
+  const u16* x;       // inputs [PLANES, rows, steps * 64]
+  i64 plane;          // bytes
+  u32 pitch;          // of a row, in 16 bytes
+  const int* source;  // rows of positions; or 0 if those are the same
+
+  DI explicit Projection(const Args& p) {
+    const bool second = p.second;
+    units = units_of(p, second), steps = steps_of(p, second), items_of_tile = (units + UNITS - 1) / UNITS;
+    w = second ? p.w2 : p.w1;
+    x = second ? p.a : p.xq;
+    plane = (second || p.per_expert1 ? p.T * p.k : p.T) * steps * 128;
+    source = second || p.per_expert1 ? nullptr : p.source;
+    pitch = steps * 8;
+    if (!second && p.direct) x = (const u16*)p.x, pitch = (u32)(p.x_stride / 8);
+  }
+  // Where a token's inputs are, in 16 bytes; beyond the tile's, what is there does not matter.
+  DI u32 row(const Tile& tile, int n) const {
+    int at = tile.first + min(n, tile.count - 1);
+    return (u32)(source ? source[at] : at) * pitch;
+  }
+  DI const u8* unit(const Tile& tile, int unit) const { return w + ((i64)tile.expert * units + unit) * steps * SLICE; }
+};
+
+// Items in an order that lets those at work at one time share weights: the tiles of a group, then the next 256 rows.
+struct Item {
+  Tile tile;
+  int unit;
+
+  DI Item(const Args& p, const Projection& q, int i) {
+    const Tile& any = p.tiles[i / q.items_of_tile];
+    const int first = any.group, tiles = any.of_group, within = i - first * q.items_of_tile;
+    unit = within / tiles * UNITS;
+    tile = p.tiles[first + within % tiles];
+  }
+};
+
+// ---- results -------------------------------------------------------------------------------------------------------
+
+DI float bias_of(const Args& p, const Projection& q, int expert, int row) {
+  const void* bias = p.second ? p.bias2 : p.bias1;
+  if (!bias) return 0.f;
+  i64 rows = p.second ? p.H : GATED ? 2 * p.I : p.I, at = row;
+  if (GATED && !p.second) {
+    const i64 i = row / 16 * 8 + row % 8, up = row >> 3 & 1;
+    if (i >= p.I) return 0.f;
+    at = INTERLEAVED ? 2 * i + up : up * p.I + i;
+  }
+  return at < rows ? load_number(bias, expert * rows + at, (int)(p.second ? p.bias2_dtype : p.bias1_dtype)) : 0.f;
+}
+
+DI u32 round2_to_hidden(float low, float high) {
+  return HIDDEN == 0 ? to_bf16x2(low, high) : (u32)to_half(low) | (u32)to_half(high) << 16;
+}
+
+// A lane has rows g, g + 8, g + 16 and g + 24 of its unit, of each the tokens 8 j + 2 t + {0, 1}.
+template <int N>
+DI void store_results(const Args& p, const Projection& q, const Item& item, int unit, float (&c)[2][N / 8][4], int lane) {
+  if (unit >= q.units) return;
+  const int g = lane >> 2, t = lane & 3, height = q.units * 32, count = item.tile.count;
+  float bias[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) bias[i] = bias_of(p, q, item.tile.expert, unit * 32 + 8 * i + g);
+  if (HIDDEN == 2 || p.second) {
+    float* to = (p.second ? p.y : (float*)p.h) + (i64)(item.tile.first + 2 * t) * height + unit * 32 + g;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+      for (int b = 0; b < 2; b++) {
+        if (8 * j + 2 * t + b < count) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) to[(i64)(8 * j + b) * height + 8 * i] = c[i >> 1][j][2 * (i & 1) + b] + bias[i];
+        }
+      }
+    }
+    return;
+  }
+  // Eight lanes exchange what they have of eight rows until each has all of one token's, of eight rows.
+  const bool odd = g & 1, second = g & 2, third = g & 4;
+  u16* to = (u16*)p.h + (i64)(item.tile.first + 2 * t + odd) * height + unit * 32 + (g >> 1) * 8;
+#pragma unroll
+  for (int j = 0; j < N / 8; j++) {
+    u32 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float(&s)[4] = c[i >> 1][j];
+      u32 own = round2_to_hidden(s[2 * (i & 1)] + bias[i], s[2 * (i & 1) + 1] + bias[i]);
+      u32 other = __shfl_xor_sync(0xffffffffu, own, 4);
+      v[i] = __byte_perm(own, other, odd ? 0x3276 : 0x5410);
+    }
+    u32 r0 = __shfl_xor_sync(0xffffffffu, second ? v[0] : v[1], 8), r1 = __shfl_xor_sync(0xffffffffu, second ? v[2] : v[3], 8);
+    u32 a0 = second ? r0 : v[0], a1 = second ? v[1] : r0, b0 = second ? r1 : v[2], b1 = second ? v[3] : r1;
+    r0 = __shfl_xor_sync(0xffffffffu, third ? a0 : b0, 16), r1 = __shfl_xor_sync(0xffffffffu, third ? a1 : b1, 16);
+    Quad all = third ? Quad{r0, r1, b0, b1} : Quad{a0, a1, r0, r1};
+    if (8 * j + 2 * t + odd < count) *(Quad*)(to + (i64)(8 * j) * height) = all;
+  }
+}

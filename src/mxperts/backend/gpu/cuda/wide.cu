@@ -1,0 +1,193 @@
+// A projection of the tokens of each expert, where they are many. An item is a tile of tokens times UNITS = 8 units of 32 rows.
+// A warp has one unit, whose codes it decodes in registers as the A of wgmma, and all of the tile's tokens, which are B in
+// shared memory. Sums stay in registers over all of K. Four warps copy, which leave registers to the two groups of four that
+// compute.
+//
+//   STAGES      steps of 64 of K that are in shared memory
+#include "async.cuh"
+#include "product.cuh"
+#include "wgmma.cuh"
+
+constexpr int ROW = 128;                        // bytes of a token's inputs in a step
+constexpr int PLANE = MOST_N * ROW;
+constexpr int WEIGHTS = PLANES * PLANE;         // where they begin in a stage
+constexpr int STAGE = (WEIGHTS + UNITS * SLICE + 1023) / 1024 * 1024;
+constexpr int THREADS = 384;
+
+// 1024-byte aligned, as the swizzle wants it.
+DI u32 stages_at(const u8* shared) { return (shared_address(shared) + 1023) & ~1023u; }
+
+#define FOR_EACH_N(X) X(16) X(32) X(48) X(64) X(80) X(96) X(112) X(128)
+
+// ---- copying and computing warps ---------------------------------------------------------------------------------------
+
+DI void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DI void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> DI void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
+
+// Stages of the ring, in turn.
+struct Turn {
+  u32 stage, phase;
+  DI void advance() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+constexpr int LAG = STAGES > 4 ? 3 : STAGES - 2;  // steps whose copies are on their way while those of the next are begun
+
+DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u32 full, u32 empty) {
+  const int thread = threadIdx.x, chunk = thread & 7, row = thread >> 3;
+  Turn turn = {0, 0}, ready = {0, 0};
+  int begun = 0;
+  for (int i = blockIdx.x; i < items; i += gridDim.x) {
+    const Item item(p, q, i);
+    const int units = min(UNITS, q.units - item.unit);
+    u32 from[MOST_N / 16];
+#pragma unroll
+    for (int r = 0; r < MOST_N / 16; r++) from[r] = 16 * r < item.tile.n ? q.row(item.tile, row + 16 * r) : 0;
+    const u8* weights = q.unit(item.tile, item.unit + (thread < units ? thread : 0));
+    const u8* inputs = (const u8*)q.x + chunk * 16;
+    const u32 to = row * ROW + ((chunk ^ (row & 7)) << 4);
+    for (int step = 0; step < q.steps; step++) {
+      const u32 stage = stages + turn.stage * STAGE, barrier = full + 8 * turn.stage;
+      barrier_wait(empty + 8 * turn.stage, turn.phase ^ 1);
+      if (thread < 32) {
+        if (thread == 0) barrier_expect(barrier, units * SLICE);
+        __syncwarp();
+        if (thread < units) copy_bulk(stage + WEIGHTS + thread * SLICE, weights, SLICE, barrier);
+      }
+#pragma unroll
+      for (int r = 0; r < MOST_N / 16; r++) {
+        if (16 * r < item.tile.n) {
+#pragma unroll
+          for (int plane = 0; plane < PLANES; plane++)
+            copy16(stage + plane * PLANE + to + r * 16 * ROW, inputs + from[r] * (u64)16 + plane * q.plane);
+        }
+      }
+      commit_copies();
+      inputs += ROW, weights += SLICE;
+      turn.advance();
+      if (++begun > LAG) {
+        wait_copies<LAG>();
+        make_visible();
+        barrier_arrive(full + 8 * ready.stage);
+        ready.advance();
+      }
+    }
+  }
+  wait_copies<0>();
+  make_visible();
+  for (int left = min(begun, LAG); left > 0; left--) {
+    barrier_arrive(full + 8 * ready.stage);
+    ready.advance();
+  }
+}
+
+struct Slices {
+  Codes cell[2];
+  Pair scales;
+};
+
+DI Slices load_slice(u32 slice, int lane) {
+  Slices s;
+  s.cell[0] = load_codes<0>(slice, lane);
+  s.cell[1] = load_codes<1>(slice, lane);
+  s.scales = load_scales(slice, lane >> 2);
+  return s;
+}
+// Both cells' A for block J of the step.
+template <int J> DI void decode_block(const Slices& s, u32 (&a)[2][2][4]) {
+#pragma unroll
+  for (int cell = 0; cell < 2; cell++) {
+    const u32 scales = cell ? s.scales.y : s.scales.x;
+    const u32 even = scale_factor<2 * J>(scales), odd = scale_factor<2 * J + 1>(scales);
+    fragment<J, 0>(s.cell[cell], even, odd, a[cell][0]);
+    fragment<J, 1>(s.cell[cell], even, odd, a[cell][1]);
+  }
+}
+template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const u32 (&a)[2][2][4], u64 tokens) {
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++) {
+#pragma unroll
+      for (int cell = 0; cell < 2; cell++)
+        Wgmma<N>::multiply(c[cell], a[cell][m], tokens + plane * (PLANE >> 4) + 4 * J + 2 * m);
+    }
+  }
+}
+
+// While the products of one block of 32 of K are under way, those of the next are decoded.
+template <int N>
+DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn, u32 stages, u32 full, u32 empty, int warp,
+                int lane) {
+  float c[2][N / 8][4] = {};
+  u32 a[2][2][2][4];
+  const u32 own = WEIGHTS + warp * SLICE;
+  barrier_wait(full + 8 * turn.stage, turn.phase);
+  Slices s = load_slice(stages + turn.stage * STAGE + own, lane);
+  decode_block<0>(s, a[0]);
+  for (int step = 0; step < q.steps; step++) {
+    // 128-byte rows, swizzled, 1024 bytes for each eight of them.
+    const u64 tokens = (u64)1 << 62 | (u64)64 << 32 | (u64)1 << 16 | (u64)(((stages + turn.stage * STAGE) & 0x3ffff) >> 4);
+    wgmma_begin();
+    multiply_block<N, 0>(c, a[0], tokens);
+    wgmma_commit();
+    decode_block<1>(s, a[1]);
+    wgmma_wait<0>();
+    wgmma_begin();
+    multiply_block<N, 1>(c, a[1], tokens);
+    wgmma_commit();
+    const u32 read = turn.stage;
+    turn.advance();
+    if (step + 1 < q.steps) {
+      barrier_wait(full + 8 * turn.stage, turn.phase);
+      s = load_slice(stages + turn.stage * STAGE + own, lane);
+      decode_block<0>(s, a[0]);
+    }
+    wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(empty + 8 * read);
+  }
+#pragma unroll
+  for (int cell = 0; cell < 2; cell++) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) asm volatile("" : "+f"(c[cell][j][i]) :: "memory");
+    }
+  }
+  store_results<N>(p, q, item, item.unit + warp, c, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_constant__ Args p) {
+  extern __shared__ u8 shared[];
+  __shared__ u64 barriers[2 * STAGES];
+  const u32 stages = stages_at(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(full + 8 * i, 129);
+      barrier_init(empty + 8 * i, UNITS);
+    }
+    make_barriers_visible();
+  }
+  __syncthreads();
+  wait_for_previous();
+  let_next_start();
+  const Projection q(p);
+  const int items = p.totals[0] * q.items_of_tile;
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    copy_items(p, q, items, stages, full, empty);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4;
+    Turn turn = {0, 0};
+    for (int i = blockIdx.x; i < items; i += gridDim.x) {
+      const Item item(p, q, i);
+      switch (item.tile.n) {
+#define CASE(N) case N: if constexpr (N <= MOST_N) compute<N>(p, q, item, turn, stages, full, empty, warp, lane); break;
+        FOR_EACH_N(CASE)
+      }
+    }
+  }
+}
