@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import mxperts as mx
 from mxperts.backend.gpu.cuda import grouped, single
+from mxperts.backend.gpu.cuda.layout import Tiles
 from mxperts.backend.gpu.experts import choose_kernel
 from mxperts.backend.gpu.paths import batch_invariant
 from mxperts.backend.gpu.prepared import projections
@@ -20,6 +22,8 @@ from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
 
 H200 = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448, major=9, minor=0)
+HOPPER, AMPERE = grouped.Device(132, wgmma=True), grouped.Device(108, wgmma=False)
+TILES = (Tiles(format=mx.MXFP4, rows=192, k=128, gated=True), Tiles(format=mx.MXFP4, rows=128, k=96))
 LAUNCHED: list[tuple[str, Any, Any]] = []
 """Names of kernels, their grids, and copies of their arguments."""
 
@@ -42,11 +46,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (grouped, single):
         monkeypatch.setattr(module, "Kernel", Notes)
         module._kernels.cache_clear()
+    grouped.device_of.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     yield
+    grouped.device_of.cache_clear()
     for module in (grouped, single):
         module._kernels.cache_clear()
 
@@ -160,7 +166,7 @@ def test_the_kernel_follows_the_number_of_pairs() -> None:
     def kernel(tokens: int, k: int, experts: int) -> str:
         if choose_kernel(call(tokens, k, experts)) is single:
             return "single"
-        return "wide" if grouped.choose_product(tokens * k, experts, planes=1, wgmma=True).is_wide else "narrow"
+        return "wide" if grouped.choose_product(tokens * k, experts, TILES, 1, HOPPER).is_wide else "narrow"
 
     for experts, k, expected in (
         (128, 4, {1: "single", 2: "single", 64: "narrow", 512: "narrow", 4096: "wide"}),
@@ -171,5 +177,15 @@ def test_the_kernel_follows_the_number_of_pairs() -> None:
 
 
 def test_without_wgmma_every_product_is_narrow() -> None:
-    for pairs in (8, 100, 10000):
-        assert not grouped.choose_product(pairs, 8, planes=3, wgmma=False).is_wide
+    for pairs, invariant in itertools.product((8, 100, 10000), (False, True)):
+        product = grouped.choose_product(pairs, 8, TILES, 3, AMPERE, invariant=invariant)
+        assert not product.is_wide
+        assert product.shares == (1, 1) or not invariant
+
+
+def test_warps_share_units_where_there_are_few() -> None:
+    assert grouped.share(20000, 45, 528) == 1
+    assert grouped.share(896, 224, 528) == 4
+    for units, steps in itertools.product((90, 720, 5220, 20000), (12, 45, 224)):
+        rounds = [-(-units * n // (8 * 528)) * -(-steps // n) for n in (1, grouped.share(units, steps, 528))]
+        assert rounds[1] <= rounds[0]

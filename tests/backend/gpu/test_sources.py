@@ -129,8 +129,6 @@ def test_tiles_have_room_for_any_spread() -> None:
 def test_stages_fit(fmt: BlockFormat, shared: int) -> None:
     slice_bytes = Tiles(format=fmt, rows=32, k=64).slice_bytes
     for planes in (1, 2, 3):
-        number, size = grouped.stages(
-            slice_bytes, planes, grouped.choose_product(1 << 20, 8, planes, wgmma=True).tile, shared
-        )
+        number, size = grouped.stages(slice_bytes, planes, grouped.wide(planes).tile, shared)
         assert size <= shared
         assert number >= 2

@@ -42,15 +42,15 @@ DI void make_barriers_visible() {
 
 // ---- weights straight into registers ---------------------------------------------------------------------------------
 
-DI Quad load_weights4(const u8* p) {
+template <int AT> DI Quad load_weights4(const u8* p) {
   Quad v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0,%1,%2,%3}, [%4+%5];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "n"(AT));
   return v;
 }
-DI Pair load_weights2(const u8* p) {
+template <int AT> DI Pair load_weights2(const u8* p) {
   Pair v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0,%1}, [%2+%3];" : "=r"(v.x), "=r"(v.y) : "l"(p), "n"(AT));
   return v;
 }
 DI u32 load_weights1(const u8* p) {
@@ -59,25 +59,36 @@ DI u32 load_weights1(const u8* p) {
   return v;
 }
 
-// What a lane reads of a slice: CELLS of its two cells, from the `cell`-th on.
+// Where a lane finds what it reads of slices, from the `cell`-th cell on. Its i-th slice is a product away, not sums.
+struct Slices {
+  const u8 *codes, *rest, *scales;
+
+  DI Slices(const u8* first, int cell, int lane)
+      : codes(first + cell * CELL_CODES + lane * 16),
+        rest(first + cell * CELL_CODES + 512 + lane * 8),
+        scales(first + 2 * CELL_CODES + cell * 4 + (lane >> 2) * 8) {
+    asm("" : "+l"(codes), "+l"(rest), "+l"(scales));
+  }
+};
+
+// What a lane reads of a slice, CELLS of its two cells.
 template <int CELLS> struct Weights {
   Codes codes[CELLS];
   u32 scales[CELLS];
 
-  DI void load(const u8* slice, int cell, int lane) {
-#pragma unroll
-    for (int i = 0; i < CELLS; i++) {
-      const u8* at = slice + (cell + i) * CELL_CODES;
-      codes[i].main[0] = load_weights4(at + lane * 16);
-      if constexpr (BITS == 8) codes[i].main[1] = load_weights4(at + 512 + lane * 16);
-      if constexpr (BITS == 6) codes[i].rest[0] = load_weights2(at + 512 + lane * 8);
-    }
-    const u8* at = slice + 2 * CELL_CODES + (lane >> 2) * 8 + cell * 4;
+  DI void load(const Slices& from, int i) {
+    load_codes_of<0>(from, (i64)i * SLICE);
     if constexpr (CELLS == 2) {
-      const Pair both = load_weights2(at);
+      load_codes_of<1>(from, (i64)i * SLICE);
+      const Pair both = load_weights2<0>(from.scales + (i64)i * SLICE);
       scales[0] = both.x, scales[1] = both.y;
     } else {
-      scales[0] = load_weights1(at);
+      scales[0] = load_weights1(from.scales + (i64)i * SLICE);
     }
+  }
+  template <int CELL> DI void load_codes_of(const Slices& from, i64 at) {
+    codes[CELL].main[0] = load_weights4<CELL * CELL_CODES>(from.codes + at);
+    if constexpr (BITS == 8) codes[CELL].main[1] = load_weights4<CELL * CELL_CODES + 512>(from.codes + at);
+    if constexpr (BITS == 6) codes[CELL].rest[0] = load_weights2<CELL * CELL_CODES>(from.rest + at);
   }
 };

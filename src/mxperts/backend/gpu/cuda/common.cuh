@@ -167,10 +167,23 @@ template <int CELL> DI Codes load_codes(u32 slice, int lane) {
 // The scales of both cells: bytes of rows g and g + 8 in the first block, then in the second.
 DI Pair load_scales(u32 slice, int g) { return load_shared2<2 * CELL_CODES>(slice + g * 8); }
 
-// What patterns of block `j`, rows g (half 0) or g + 8 (half 1), are to be multiplied by, twice in a word.
-template <int BYTE> DI u32 scale_factor(u32 scales) {
-  u32 twice = __byte_perm(scales, 0, 0x4040 | BYTE | BYTE << 8);
-  return twice * 128u + (u32)(OFFSET * 128) * 0x10001u;
+// Integer units are what limits these kernels: shifts that are products by a number which the compiler does not know are left to
+// the units for products.
+extern "C" __constant__ u32 POWER_7 = 1u << 7, POWER_29 = 1u << 29, POWER_31 = 1u << 31;
+
+DI u32 shift_right_3(u32 w) { return __umulhi(w, POWER_29); }
+DI u32 shift_right_1(u32 w) { return __umulhi(w, POWER_31); }
+
+// What patterns of rows g (ROW 0) or g + 8 (ROW 1) are to be multiplied by: for the first block in the low half of a word, for the
+// second in the high one.
+template <int ROW> DI u32 scale_factors(u32 scales) {
+  return __byte_perm(scales, 0, ROW ? 0x4341 : 0x4240) * POWER_7 + (u32)(OFFSET * 128) * 0x10001u;
+}
+template <int HALF> DI u32 twice(u32 pair) {
+  u32 d;
+  if constexpr (HALF == 0) asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(d) : "r"(pair));
+  else asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(d) : "r"(pair));
+  return d;
 }
 
 #define NIBBLE 0x81C081C0u
@@ -199,7 +212,7 @@ template <int J, int M> DI void patterns(const Codes& c, u32 (&a)[4]) {
     a[0] = w & NIBBLE;
     a[1] = (w << 3) & NIBBLE;
     a[2] = ((w << 6) & 0x01C001C0u) | ((w << 2) & 0x80008000u);
-    a[3] = ((w >> 3) & 0x01C001C0u) | ((w << 1) & 0x80008000u);
+    a[3] = (shift_right_3(w) & 0x01C001C0u) | ((w << 1) & 0x80008000u);
     if constexpr (BITS == 6) {
       u32 r = J ? c.rest[0].y : c.rest[0].x;
 #pragma unroll
@@ -215,10 +228,10 @@ DI u32 round2_to_half(u32 w) {
 
 template <int J, int M> DI void fragment(const Codes& c, u32 even, u32 odd, u32 (&a)[4]) {
   patterns<J, M>(c, a);
-  a[0] = multiply2(a[0], even);
-  a[1] = multiply2(a[1], odd);
-  a[2] = multiply2(a[2], even);
-  a[3] = multiply2(a[3], odd);
+  a[0] = multiply2(a[0], twice<J>(even));
+  a[1] = multiply2(a[1], twice<J>(odd));
+  a[2] = multiply2(a[2], twice<J>(even));
+  a[3] = multiply2(a[3], twice<J>(odd));
   if constexpr (HIDDEN == 1) {
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] = round2_to_half(a[i]);
@@ -233,10 +246,9 @@ template <int J, int M> DI void multiply_part(float (&c)[4], const Codes& codes,
   for (int i = 0; i < PLANES; i++) mma(c, a, M ? x[i][J].z : x[i][J].x, M ? x[i][J].w : x[i][J].y);
 }
 DI void multiply_cell(float (&c)[4], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
-  u32 even = scale_factor<0>(scales), odd = scale_factor<1>(scales);
+  const u32 even = scale_factors<0>(scales), odd = scale_factors<1>(scales);
   multiply_part<0, 0>(c, codes, even, odd, x);
   multiply_part<0, 1>(c, codes, even, odd, x);
-  even = scale_factor<2>(scales), odd = scale_factor<3>(scales);
   multiply_part<1, 0>(c, codes, even, odd, x);
   multiply_part<1, 1>(c, codes, even, odd, x);
 }
@@ -246,7 +258,7 @@ DI void multiply_cell(float (&c)[4], const Codes& codes, u32 scales, const Quad 
 constexpr bool SCALE_SUMS = HIDDEN != 1;
 
 template <int BYTE> DI float scale_of_sum(u32 scales) {  // 2^(byte - 127); 0 for byte 0, which only zeros have
-  return __uint_as_float((BYTE == 0 ? scales << 23 : BYTE == 1 ? scales << 15 : BYTE == 2 ? scales << 7 : scales >> 1) & 0x7f800000u);
+  return __uint_as_float((BYTE == 0 ? scales << 23 : BYTE == 1 ? scales << 15 : BYTE == 2 ? scales << 7 : shift_right_1(scales)) & 0x7f800000u);
 }
 template <int J> DI void multiply_block_by_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
   u32 a[4];

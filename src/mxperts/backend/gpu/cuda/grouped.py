@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -23,6 +25,11 @@ MOST_PAIRS = 1 << 17
 """Pairs that are computed together; it bounds the workspace. More are computed one part after the other."""
 MOST_NARROW = 32
 """Pairs for each expert up to which ``narrow`` was measured to be the faster."""
+_NARROW = ((8, 4, 4), (16, 3, 10), (32, 2, 24), (64, 2, math.inf))
+"""Of ``narrow``: tokens of a tile, blocks on a multiprocessor, and for how many pairs of each expert."""
+_SHARES = (1, 2, 4)
+_ITEM_COST = 6
+"""What an item costs besides its steps, in steps."""
 _WARPS = 8
 """That compute, of a block."""
 _MOST_STAGES = 8
@@ -37,25 +44,18 @@ class Product:
 
     Attributes:
         tile: most tokens of an expert that are computed together.
-        share: warps of ``narrow`` that share the K of a unit of rows; 0 for the kernel ``wide``.
-        chunk: steps whose inputs a block of ``narrow`` has in shared memory.
         blocks: on a multiprocessor.
+        shares: warps of ``narrow`` that share the K of a unit of rows, of each projection; 0 for the kernel ``wide``.
     """
 
     tile: int
-    share: int = 0
-    chunk: int = 0
     blocks: int = 1
+    shares: tuple[int, int] = (0, 0)
 
     @property
     def is_wide(self) -> bool:
         """Whether it is ``wide``, which is for wgmma."""
-        return self.share == 0
-
-    @property
-    def units(self) -> int:
-        """Units of 32 rows of a block."""
-        return _WARPS if self.is_wide else _WARPS // self.share
+        return self.shares == (0, 0)
 
 
 class _Arguments(CallArguments):
@@ -73,7 +73,7 @@ class _Kernels:
     sort: Kernel
     first_inputs: Kernel
     second_inputs: Kernel
-    product: Kernel
+    products: Sequence[Kernel]
     combine: Kernel
     blocks: int
 
@@ -102,7 +102,9 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
     pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
     index, stream = current(device)
     planes = hidden_macros(dtype, activation).planes
-    product = choose_product(pairs, layout.experts, planes, has_wgmma(index))
+    product = choose_product(
+        pairs, layout.experts, (first, second), planes, device_of(index), invariant=is_batch_invariant()
+    )
     kernels = _kernels(layout, dtype, activation, call.activation.name, product, index)
     rows = pairs if given.per_expert1 else tokens
     # One projection's inputs, and its results, are done with when the other's are written.
@@ -128,36 +130,78 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
     kernels.sort(1, arguments, stream)
     if not direct:
         kernels.first_inputs(rows, arguments, stream)
-    kernels.product(kernels.blocks, arguments, stream)
+    kernels.products[0](kernels.blocks, arguments, stream)
     arguments.second = True
     kernels.second_inputs(pairs, arguments, stream)
-    kernels.product(kernels.blocks, arguments, stream)
+    kernels.products[1](kernels.blocks, arguments, stream)
     kernels.combine(tokens, arguments, stream)
 
 
-def choose_product(pairs: int, experts: int, planes: int, wgmma: bool) -> Product:
-    """What computes so many pairs.
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on.
+
+    Attributes:
+        multiprocessors: their number.
+        wgmma: whether it has Hopper's instructions; others have ``mma.sync``.
+    """
+
+    multiprocessors: int
+    wgmma: bool
+
+
+@lru_cache
+def device_of(index: int) -> Device:
+    """The device with an index."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    return Device(properties.multi_processor_count, torch.cuda.get_device_capability(index) == (9, 0))
+
+
+@lru_cache(maxsize=1024)
+def choose_product(
+    pairs: int, experts: int, projections: tuple[Tiles, Tiles], planes: int, device: Device, *, invariant: bool = False
+) -> Product:
+    """What computes so many pairs, each expert's being about as many.
 
     Args:
         pairs: tokens times slots.
         experts: of the layer.
+        projections: first and second.
         planes: bf16 numbers of an input: they share the shared memory with the weights' codes.
-        wgmma: whether the device has it.
+        device: that computes.
+        invariant: whether it must be the same, and add up alike, for any number of pairs.
     """
-    if is_batch_invariant() and wgmma:
-        return _wide(planes)
-    each = pairs / active_experts(pairs, experts)
-    if wgmma and each > MOST_NARROW:
-        return _wide(planes)
-    if each <= 4:
-        return Product(8, share=2, chunk=8, blocks=4)
-    if each <= 10:
-        return Product(16, share=1, chunk=8, blocks=3)
-    return Product(32, share=1, chunk=8 if planes == 1 else 4, blocks=2)
+    active = active_experts(pairs, experts)
+    if device.wgmma and (invariant or pairs > MOST_NARROW * active):
+        return wide(planes)
+    if invariant:
+        return Product(64, max(1, 2 // planes), (1, 1))
+    tile, blocks = next(((n, b) for n, b, most in _NARROW if pairs <= most * active), _NARROW[-1][:2])
+    blocks = max(1, blocks // planes)
+    tiles = round(max(active, pairs / tile))
+    shares = [share(tiles * p.units, p.steps, blocks * device.multiprocessors) for p in projections]
+    return Product(tile, blocks, (shares[0], shares[1]))
 
 
-def _wide(planes: int) -> Product:
+def wide(planes: int) -> Product:
+    """The kernel for many tokens of each expert."""
     return Product(128 if planes == 1 else 64)
+
+
+def share(units: int, steps: int, blocks: int) -> int:
+    """Warps that best share a unit, so that all blocks have about as much to do.
+
+    Args:
+        units: of all tiles.
+        steps: of a unit.
+        blocks: that are there at a time.
+    """
+    return min(_SHARES, key=lambda n: -(-units * n // (_WARPS * blocks)) * (-(-steps // n) + _ITEM_COST))
+
+
+def chunk(product: Product) -> int:
+    """Steps whose inputs a block of ``narrow`` has in shared memory: two for a warp at least."""
+    return max(4 if product.tile > 32 else 8, 2 * max(product.shares))
 
 
 def most_tiles(pairs: int, experts: int, tokens: int) -> int:
@@ -170,11 +214,6 @@ def stages(slice_bytes: int, planes: int, tile: int, shared_bytes: int) -> tuple
     stage = -(-(planes * tile * STEP * 2 + _WARPS * slice_bytes) // 1024) * 1024
     number = min(_MOST_STAGES, (shared_bytes - 2 * _RESERVED) // stage)
     return number, number * stage + 1024  # from where an address is a multiple of 1024
-
-
-def has_wgmma(device: int) -> bool:
-    """Whether a device has Hopper's instructions; others have ``mma.sync``."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @lru_cache(maxsize=256)
@@ -191,7 +230,6 @@ def _kernels(
         "WGMMA": str(int(product.is_wide)),
         "MOST_N": str(product.tile),
         "STEP_N": "16" if product.is_wide else "8",
-        "UNITS": str(product.units),
     }
 
     def kernel(name: str, threads: int, shared_bytes: int = 0, **more: int) -> Kernel:
@@ -201,16 +239,19 @@ def _kernels(
     if product.is_wide:
         slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
         number, shared = stages(slice_bytes, planes, product.tile, properties.shared_memory_per_block_optin)
-        of_projection = kernel("wide", 32 * (_WARPS + 4), shared, STAGES=number)
+        products = [kernel("wide", 32 * (_WARPS + 4), shared, STAGES=number, UNITS=_WARPS)] * 2
     else:
-        shared = 2 * planes * product.tile * product.chunk * STEP * 2
-        choices = {"SHARE": product.share, "CHUNK": product.chunk, "BLOCKS": product.blocks}
-        of_projection = kernel("narrow", 32 * _WARPS, shared, **choices)
+        steps = chunk(product)
+        shared = 2 * planes * product.tile * steps * STEP * 2
+        choices = {"CHUNK": steps, "BLOCKS": product.blocks}
+        products = [
+            kernel("narrow", 32 * _WARPS, shared, SHARE=n, UNITS=_WARPS // n, **choices) for n in product.shares
+        ]
     return _Kernels(
         kernel("sort", 32 * segments, 4 * experts * (segments + 3), SEGMENTS=segments, EXPERTS=experts),
         kernel("inputs", 128, SECOND=0),
         kernel("inputs", 128, SECOND=1),
-        of_projection,
+        products,
         kernel("combine", 128),
         properties.multi_processor_count * product.blocks,
     )

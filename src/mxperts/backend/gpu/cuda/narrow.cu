@@ -32,7 +32,7 @@ template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const We
   u32 a[2][2][4];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const u32 even = scale_factor<2 * J>(w.scales[i]), odd = scale_factor<2 * J + 1>(w.scales[i]);
+    const u32 even = scale_factors<0>(w.scales[i]), odd = scale_factors<1>(w.scales[i]);
     fragment<J, 0>(w.codes[i], even, odd, a[i][0]);
     fragment<J, 1>(w.codes[i], even, odd, a[i][1]);
   }
@@ -55,9 +55,11 @@ DI void compute(const Args& p, const Projection& q, const Item& item, const u32*
   const int unit = warp / SHARE, part = warp % SHARE, n = lane >> 2, t = lane & 3;
   const u32 stages = shared_address(shared);
   const u32 first = n * ROW + ((t ^ ((n & 1) << 2)) << 4), second = n * ROW + (((t + 4) ^ ((n & 1) << 2)) << 4);
-  const u8* weights = q.unit(item.tile, min(item.unit + unit, q.units - 1));
+  const Slices slices(q.unit(item.tile, min(item.unit + unit, q.units - 1)), 0, lane);
   Weights<2> now, then;
-  auto load = [&](Weights<2>& to, int step) { to.load(weights + (i64)min(step, q.steps - 1) * SLICE, 0, lane); };
+  auto load = [&](Weights<2>& to, int step) {
+    if (step < q.steps) to.load(slices, step);
+  };
   load(now, part);
   const int chunks = (q.steps + CHUNK - 1) / CHUNK;
   copy_chunk(q, item, rows, 0, stages);

@@ -67,23 +67,23 @@ template <int CELLS> DI void multiply(float (&sums)[CELLS][2], const Weights<CEL
   for (int i = 0; i < CELLS; i++) multiply_row(sums[i], w.codes[i], w.scales[i], x);
 }
 
-// A run of slices, DEEP at a time, whose loads are on their way while those before them are used.
+// A run of slices, DEEP at a time, whose loads are on their way while those before them are used. `now` is loaded.
 template <int DEEP, typename W, typename Load, typename Use> DI void stream(W (&now)[DEEP], int slices, Load load, Use use) {
   W then[DEEP];
   auto load_all = [&](W (&to)[DEEP], int at) {
 #pragma unroll
-    for (int i = 0; i < DEEP; i++) load(to[i], min(at + i, slices - 1));
+    for (int i = 0; i < DEEP; i++)
+      if (at + i < slices) load(to[i], at + i);
   };
   auto use_all = [&](const W (&w)[DEEP], int at) {
 #pragma unroll
     for (int i = 0; i < DEEP; i++)
-      if (i == 0 || at + i < slices) use(w[i], at + i);
+      if (at + i < slices) use(w[i], at + i);
   };
-  for (int at = 0; at < slices; at += 2 * DEEP) {  // `now` is loaded
-    if (at + DEEP < slices) load_all(then, at + DEEP);
+  for (int at = 0; at < slices; at += 2 * DEEP) {
+    load_all(then, at + DEEP);
     use_all(now, at);
-    if (at + DEEP >= slices) break;
-    if (at + 2 * DEEP < slices) load_all(now, at + 2 * DEEP);
+    load_all(now, at + 2 * DEEP);
     use_all(then, at + DEEP);
   }
 }
@@ -103,11 +103,12 @@ extern "C" __global__ void __launch_bounds__(WARPS1 * 32) first(const __grid_con
   if (e >= 0) {
     const int unit = blockIdx.x * UNITS + warp % UNITS, part = warp / UNITS;
     const int begin = steps * part / SHARE1, slices = steps * (part + 1) / SHARE1 - begin;
-    const u8* weights = p.w1 + ((e * units + min(unit, units - 1)) * steps + begin) * SLICE;
-    auto load = [&](Weights<2>& to, int i) { to.load(weights + (i64)i * SLICE, 0, lane); };
+    const Slices weights(p.w1 + ((e * units + min(unit, units - 1)) * steps + begin) * SLICE, 0, lane);
+    auto load = [&](Weights<2>& to, int i) { to.load(weights, i); };
     Weights<2> now[DEEP1];
 #pragma unroll
-    for (int i = 0; i < DEEP1; i++) load(now[i], max(0, min(i, slices - 1)));
+    for (int i = 0; i < DEEP1; i++)
+      if (i < slices) load(now[i], i);
     if (!p.direct) wait_for_previous();
     const bool by_pair = QDQ == 2 && p.per_expert1;
     const i64 row = by_pair ? pair : pair / p.k, rows = by_pair ? pairs : p.T;
@@ -154,8 +155,8 @@ extern "C" __global__ void __launch_bounds__(WARPS1 * 32) first(const __grid_con
 }
 
 // A slice of the second projection.
-struct alignas(16) Source {
-  const u8* weights;
+struct alignas(8) Source {
+  int slice;  // among all
   float factor;
 };
 
@@ -170,19 +171,21 @@ extern "C" __global__ void __launch_bounds__(WARPS2 * 32) second(const __grid_co
   auto expert = [&](int slot) { return expert_of(p, token * k + slot); };
   auto factor = [&](int slot) { return p.on_input ? 1.f : load_number(p.routing, token * k + slot, (int)p.routing_dtype); };
   const int most = (all + WARPS2 - 1) / WARPS2;
-  u8* room = shared + warp * most * (16 + PLANES * 128);
+  u8* room = shared + warp * most * (sizeof(Source) + PLANES * 128);
   Source* sources = (Source*)(room + most * PLANES * 128);
   for (int i = lane; i < slices; i += 32) {  // any weights do for no expert: its inputs are zeros
     const int slot = (begin + i) / steps, e = expert(slot);
-    sources[i] = {p.w2 + (((i64)max(e, 0) * units + unit) * steps + begin + i - slot * steps) * SLICE, e < 0 ? 0.f : factor(slot)};
+    sources[i] = {(max(e, 0) * units + unit) * steps + begin + i - slot * steps, e < 0 ? 0.f : factor(slot)};
   }
   __syncwarp();
   float total[2] = {};
   if (slices > 0) {
-    auto load = [&](Weights<1>& to, int i) { to.load(sources[i].weights, cell, lane); };
+    const Slices weights(p.w2, cell, lane);
+    auto load = [&](Weights<1>& to, int i) { to.load(weights, sources[i].slice); };
     Weights<1> now[DEEP2];
 #pragma unroll
-    for (int i = 0; i < DEEP2; i++) load(now[i], min(i, slices - 1));
+    for (int i = 0; i < DEEP2; i++)
+      if (i < slices) load(now[i], i);
     wait_for_previous();
     const Inputs inputs(room, p.a + token * k * width + begin * 64, pairs * width, slices, lane);
     stream<DEEP2>(now, slices, load, [&](const Weights<1>& w, int i) {

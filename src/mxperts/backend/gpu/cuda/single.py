@@ -18,12 +18,12 @@ from mxperts.formats import FP8_DYNAMIC, Activation, BlockFormat
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
 
-MOST_PAIRS = 16
-MOST_SHARING = 1.1
+MOST_PAIRS = 64
+MOST_SHARING = 1.5
 """Pairs for each of the experts that they are likely to be drawn from, beyond which it pays to group them."""
 MOST_SHARED_BYTES = 98 << 10
 """Of a block: every GPU that the kernels are for has as much."""
-_SOURCE_BYTES = 16
+_SOURCE_BYTES = 8
 
 
 class _Arguments(CallArguments):

@@ -83,24 +83,24 @@ DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u3
   }
 }
 
-struct Slices {
+struct Slice {
   Codes cell[2];
   Pair scales;
 };
 
-DI Slices load_slice(u32 slice, int lane) {
-  Slices s;
+DI Slice load_slice(u32 slice, int lane) {
+  Slice s;
   s.cell[0] = load_codes<0>(slice, lane);
   s.cell[1] = load_codes<1>(slice, lane);
   s.scales = load_scales(slice, lane >> 2);
   return s;
 }
 // Both cells' A for block J of the step.
-template <int J> DI void decode_block(const Slices& s, u32 (&a)[2][2][4]) {
+template <int J> DI void decode_block(const Slice& s, u32 (&a)[2][2][4]) {
 #pragma unroll
   for (int cell = 0; cell < 2; cell++) {
     const u32 scales = cell ? s.scales.y : s.scales.x;
-    const u32 even = scale_factor<2 * J>(scales), odd = scale_factor<2 * J + 1>(scales);
+    const u32 even = scale_factors<0>(scales), odd = scale_factors<1>(scales);
     fragment<J, 0>(s.cell[cell], even, odd, a[cell][0]);
     fragment<J, 1>(s.cell[cell], even, odd, a[cell][1]);
   }
@@ -125,7 +125,7 @@ DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn
   u32 a[2][2][2][4];
   const u32 own = WEIGHTS + warp * SLICE;
   barrier_wait(full + 8 * turn.stage, turn.phase);
-  Slices s = load_slice(stages + turn.stage * STAGE + own, lane);
+  Slice s = load_slice(stages + turn.stage * STAGE + own, lane);
   decode_block<0>(s, a[0]);
   for (int step = 0; step < q.steps; step++) {
     // 128-byte rows, swizzled, 1024 bytes for each eight of them.
