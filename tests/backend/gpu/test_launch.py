@@ -21,7 +21,13 @@ from mxperts.ops.activation import bind_activation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
 
-H200 = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448, major=9, minor=0)
+H200 = SimpleNamespace(
+    multi_processor_count=132,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    major=9,
+    minor=0,
+)
 HOPPER, AMPERE = grouped.Device(132, wgmma=True), grouped.Device(108, wgmma=False)
 TILES = (Tiles(format=mx.MXFP4, rows=192, k=128, gated=True), Tiles(format=mx.MXFP4, rows=128, k=96))
 LAUNCHED: list[tuple[str, Any, Any]] = []

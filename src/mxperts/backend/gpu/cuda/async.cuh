@@ -40,6 +40,43 @@ DI void make_barriers_visible() {
 }
 #endif
 
+// ---- weights through shared memory -----------------------------------------------------------------------------------
+
+// A warp's slices, one after the other, through places in shared memory that are its own: PLACES - 1 are on their way.
+template <int PLACES> struct Ring {
+  static constexpr int PLACE = (SLICE + 15) / 16 * 16;
+  u32 next, freed, last;  // places: the next to be read, that read before, and the last of all
+  const u8* from;         // of the slice to be copied, what this lane copies
+  int left, lane;
+  i64 stride;
+
+  // Of `slices` ones, `stride` bytes apart.
+  DI Ring(u8* shared, const u8* first, int slices, i64 stride, int lane) : left(slices), lane(lane), stride(stride) {
+    next = shared_address(shared), last = freed = next + (PLACES - 1) * PLACE;
+    from = first + lane * 16;
+    for (int i = 0; i < PLACES - 1; i++) copy(next + i * PLACE);
+  }
+  DI void copy(u32 to) {
+    if (left > 0) {
+      to += lane * 16;
+#pragma unroll
+      for (int i = 0; i + 512 <= SLICE; i += 512) copy16(to + i, from + i);
+      copy16_if(to + SLICE / 512 * 512, from + SLICE / 512 * 512, lane < SLICE % 512 / 16);
+      from += stride, left--;
+    }
+    commit_copies();
+  }
+  // The next slice, to be read before the next but one is asked for.
+  DI u32 take() {
+    wait_copies<PLACES - 2>();
+    __syncwarp();
+    copy(freed);
+    freed = next;
+    next = next == last ? last - (PLACES - 1) * PLACE : next + PLACE;
+    return freed;
+  }
+};
+
 // ---- weights straight into registers ---------------------------------------------------------------------------------
 
 template <int AT> DI Quad load_weights4(const u8* p) {

@@ -171,15 +171,25 @@ DI Pair load_scales(u32 slice, int g) { return load_shared2<2 * CELL_CODES>(slic
 // the units for products.
 extern "C" __constant__ u32 POWER_7 = 1u << 7, POWER_29 = 1u << 29, POWER_31 = 1u << 31;
 
-DI u32 shift_right_3(u32 w) { return __umulhi(w, POWER_29); }
-DI u32 shift_right_1(u32 w) { return __umulhi(w, POWER_31); }
+#ifndef X_HI
+#define X_HI 0
+#endif
+#ifndef X_MUL
+#define X_MUL 0
+#endif
+#ifndef X_H0
+#define X_H0 1
+#endif
+DI u32 shift_right_3(u32 w) { return X_HI ? __umulhi(w, POWER_29) : w >> 3; }
+DI u32 shift_right_1(u32 w) { return X_HI ? __umulhi(w, POWER_31) : w >> 1; }
 
 // What patterns of rows g (ROW 0) or g + 8 (ROW 1) are to be multiplied by: for the first block in the low half of a word, for the
 // second in the high one.
 template <int ROW> DI u32 scale_factors(u32 scales) {
-  return __byte_perm(scales, 0, ROW ? 0x4341 : 0x4240) * POWER_7 + (u32)(OFFSET * 128) * 0x10001u;
+  return __byte_perm(scales, 0, ROW ? 0x4341 : 0x4240) * (X_MUL ? POWER_7 : 128u) + (u32)(OFFSET * 128) * 0x10001u;
 }
 template <int HALF> DI u32 twice(u32 pair) {
+  if (!X_H0) return __byte_perm(pair, 0, HALF ? 0x3232 : 0x1010);
   u32 d;
   if constexpr (HALF == 0) asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(d) : "r"(pair));
   else asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(d) : "r"(pair));

@@ -46,11 +46,13 @@ class Product:
         tile: most tokens of an expert that are computed together.
         blocks: on a multiprocessor.
         shares: warps of ``narrow`` that share the K of a unit of rows, of each projection; 0 for the kernel ``wide``.
+        depth: slices that a warp of ``narrow`` has room for.
     """
 
     tile: int
     blocks: int = 1
     shares: tuple[int, int] = (0, 0)
+    depth: int = 4
 
     @property
     def is_wide(self) -> bool:
@@ -200,8 +202,9 @@ def share(units: int, steps: int, blocks: int) -> int:
 
 
 def chunk(product: Product) -> int:
-    """Steps whose inputs a block of ``narrow`` has in shared memory: two for a warp at least."""
-    return max(4 if product.tile > 32 else 8, 2 * max(product.shares))
+    """Steps whose inputs a block of ``narrow`` has in shared memory: as many as a warp's copies are ahead, at least."""
+    least = max(product.shares) * (product.depth - 1)
+    return next(n for n in (4 if product.tile > 16 else 8, 8, 16, 32, 64) if n >= least)
 
 
 def most_tiles(pairs: int, experts: int, tokens: int) -> int:
@@ -236,14 +239,16 @@ def _kernels(
         every = {**macros, **{k: str(v) for k, v in more.items()}}
         return Kernel(name, every, device, threads=threads, shared_bytes=shared_bytes, overlaps=True)
 
+    slice_bytes, blocks = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes, product.blocks
     if product.is_wide:
-        slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
         number, shared = stages(slice_bytes, planes, product.tile, properties.shared_memory_per_block_optin)
         products = [kernel("wide", 32 * (_WARPS + 4), shared, STAGES=number, UNITS=_WARPS)] * 2
     else:
         steps = chunk(product)
-        shared = 2 * planes * product.tile * steps * STEP * 2
-        choices = {"CHUNK": steps, "BLOCKS": product.blocks}
+        place = -(-slice_bytes // 16) * 16
+        shared = 2 * planes * product.tile * steps * STEP * 2 + _WARPS * product.depth * place
+        blocks = min(blocks, properties.shared_memory_per_multiprocessor // (shared + _RESERVED))
+        choices = {"CHUNK": steps, "BLOCKS": blocks, "DEPTH": product.depth}
         products = [
             kernel("narrow", 32 * _WARPS, shared, SHARE=n, UNITS=_WARPS // n, **choices) for n in product.shares
         ]
@@ -253,5 +258,5 @@ def _kernels(
         kernel("inputs", 128, SECOND=1),
         products,
         kernel("combine", 128),
-        properties.multi_processor_count * product.blocks,
+        properties.multi_processor_count * blocks,
     )

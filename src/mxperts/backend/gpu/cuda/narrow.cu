@@ -1,9 +1,10 @@
 // A projection of the tokens of each expert, where they are few: an item is a tile of tokens times UNITS units of 32 rows.
-// Warps read weights straight into registers, decode them as the A of mma.sync and multiply them with the tile's tokens, which
-// are B in shared memory; SHARE warps share the K of a unit. Several blocks on a multiprocessor hide each other's waiting.
+// A warp has one unit, or part of its K, whose codes it decodes in registers as the A of mma.sync, and all of the tile's tokens,
+// which are B in shared memory. Several blocks on a multiprocessor hide each other's waiting.
 //
 //   SHARE     warps of a unit
-//   CHUNK     steps of 64 of K whose inputs are in shared memory, twice; a multiple of 2 * SHARE
+//   DEPTH     slices that a warp has room for
+//   CHUNK     steps of 64 of K whose inputs are in shared memory, twice; SHARE * (DEPTH - 1) at least
 //   BLOCKS    blocks on a multiprocessor
 #include "async.cuh"
 #include "product.cuh"
@@ -28,13 +29,13 @@ DI void copy_chunk(const Projection& q, const Item& item, const u32* rows, int c
   }
 }
 
-template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const Weights<2>& w, u32 tokens) {
+template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const Codes (&codes)[2], const Pair& scales, u32 tokens) {
   u32 a[2][2][4];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const u32 even = scale_factors<0>(w.scales[i]), odd = scale_factors<1>(w.scales[i]);
-    fragment<J, 0>(w.codes[i], even, odd, a[i][0]);
-    fragment<J, 1>(w.codes[i], even, odd, a[i][1]);
+    const u32 even = scale_factors<0>(i ? scales.y : scales.x), odd = scale_factors<1>(i ? scales.y : scales.x);
+    fragment<J, 0>(codes[i], even, odd, a[i][0]);
+    fragment<J, 1>(codes[i], even, odd, a[i][1]);
   }
 #pragma unroll
   for (int j = 0; j < N / 8; j++) {
@@ -55,32 +56,23 @@ DI void compute(const Args& p, const Projection& q, const Item& item, const u32*
   const int unit = warp / SHARE, part = warp % SHARE, n = lane >> 2, t = lane & 3;
   const u32 stages = shared_address(shared);
   const u32 first = n * ROW + ((t ^ ((n & 1) << 2)) << 4), second = n * ROW + (((t + 4) ^ ((n & 1) << 2)) << 4);
-  const Slices slices(q.unit(item.tile, min(item.unit + unit, q.units - 1)), 0, lane);
-  Weights<2> now, then;
-  auto load = [&](Weights<2>& to, int step) {
-    if (step < q.steps) to.load(slices, step);
-  };
-  load(now, part);
-  const int chunks = (q.steps + CHUNK - 1) / CHUNK;
-  copy_chunk(q, item, rows, 0, stages);
-  commit_copies();
-  for (int chunk = 0; chunk < chunks; chunk++) {
-    wait_copies<0>();
+  copy_chunk(q, item, rows, 0, stages);  // waited for with the first weights
+  const u8* weights = q.unit(item.tile, min(item.unit + unit, q.units - 1)) + part * SLICE;
+  u8* room = shared + 2 * STAGE + warp * (DEPTH * Ring<DEPTH>::PLACE);
+  Ring<DEPTH> ring(room, weights, (q.steps - part + SHARE - 1) / SHARE, SHARE * SLICE, lane);
+  for (int begin = 0, chunk = 0; begin < q.steps; begin += CHUNK, chunk++) {
+    wait_copies<DEPTH - 2>();
     __syncthreads();
-    if (chunk + 1 < chunks) copy_chunk(q, item, rows, chunk + 1, stages + (chunk + 1 & 1) * STAGE);
-    commit_copies();
-    const u32 tokens = stages + (chunk & 1) * STAGE;
-    auto use = [&](const Weights<2>& w, int step) {
-      const u32 at = tokens + step % CHUNK * 128;
-      multiply_block<N, 0>(c, w, at + first);
-      multiply_block<N, 1>(c, w, at + second);
-    };
-    const int end = min(q.steps, (chunk + 1) * CHUNK);
-    for (int step = chunk * CHUNK + part; step < end; step += 2 * SHARE) {
-      load(then, step + SHARE);
-      use(now, step);
-      load(now, step + 2 * SHARE);
-      if (step + SHARE < end) use(then, step + SHARE);
+    if (begin + CHUNK < q.steps) copy_chunk(q, item, rows, chunk + 1, stages + (chunk + 1 & 1) * STAGE);
+    u32 tokens = stages + (chunk & 1) * STAGE + part * 128;
+    const int end = min(q.steps, begin + CHUNK);
+    for (int step = begin + part; step < end; step += SHARE) {
+      const u32 slice = ring.take();
+      const Codes codes[2] = {load_codes<0>(slice, lane), load_codes<1>(slice, lane)};
+      const Pair scales = load_scales(slice, n);
+      multiply_block<N, 0>(c, codes, scales, tokens + first);
+      multiply_block<N, 1>(c, codes, scales, tokens + second);
+      tokens += SHARE * 128;
     }
   }
   if constexpr (SHARE > 1) {  // the first of a unit's warps adds up what all have

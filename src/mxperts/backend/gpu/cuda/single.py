@@ -61,7 +61,7 @@ def shared_bytes(shape: Shape, call: ExpertsCall, first: Tiles, second: Tiles) -
     """Of a block of each projection: a run of inputs for every warp, in the second with where its weights are."""
     k, run = call.top_k_index.shape[1], _planes(call) * 2 * STEP
     runs1 = -(-first.steps // (shape.warps1 // _units_of_block(call)))
-    runs2 = -(-k * second.steps // shape.warps2)
+    runs2 = -(-k * second.steps // shape.warps2 // 2) * 2
     return shape.warps1 * runs1 * run, shape.warps2 * runs2 * (run + _SOURCE_BYTES)
 
 
