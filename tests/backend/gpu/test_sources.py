@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from mxperts.formats import BLOCK_FORMATS, MXFP4, BlockFormat
 from mxperts.ops.activation import ACTIVATIONS
 
 needs_compiler = pytest.mark.skipif(compiler.why_not() is not None, reason=str(compiler.why_not()))
-GROUPED = {"MOST_N": "64", "STEP_N": "8", "UNITS": "8", "WGMMA": "0"}
+GROUPED = {"MOST_N": "64", "STEP_N": "8", "LEAST_N": "8", "UNITS": "8", "WGMMA": "0"}
 LAUNCH = {
     "single": {"WARPS1": "8", "DEEP1": "1", "WARPS2": "16", "DEEP2": "2"},
     "sort": {**GROUPED, "SEGMENTS": "32", "EXPERTS": "64"},
@@ -49,6 +50,10 @@ def test_every_choice_compiles(source: str, i: int, tmp_path: Path, monkeypatch:
     for capability in capabilities:
         if source == "inputs":
             macros.update(SECOND=str(i % 2), WGMMA=str(i // 2 % 2))
+        if source == "wide" and i % 2:
+            macros.update(UNITS="16", MOST_N="48")
+        elif source == "wide":
+            macros.update(STEP_N="16", LEAST_N="64")
         if source == "narrow":
             macros.update(SHARE=str(2 ** (i % 3)), UNITS=str(8 >> i % 3))
         code = compiler.machine_code(source, macros, capability)
@@ -128,7 +133,7 @@ def test_tiles_have_room_for_any_spread() -> None:
 @pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=str)
 def test_stages_fit(fmt: BlockFormat, shared: int) -> None:
     slice_bytes = Tiles(format=fmt, rows=32, k=64).slice_bytes
-    for planes in (1, 2, 3):
-        number, size = grouped.stages(slice_bytes, planes, grouped.wide(planes).tile, shared)
+    for planes, each in itertools.product((1, 2, 3), (1, 20, 50, 128, 1000)):
+        number, size = grouped.stages(grouped.wide(each, planes), slice_bytes, planes, shared)
         assert size <= shared
         assert number >= 2

@@ -167,29 +167,12 @@ template <int CELL> DI Codes load_codes(u32 slice, int lane) {
 // The scales of both cells: bytes of rows g and g + 8 in the first block, then in the second.
 DI Pair load_scales(u32 slice, int g) { return load_shared2<2 * CELL_CODES>(slice + g * 8); }
 
-// Integer units are what limits these kernels: shifts that are products by a number which the compiler does not know are left to
-// the units for products.
-extern "C" __constant__ u32 POWER_7 = 1u << 7, POWER_29 = 1u << 29, POWER_31 = 1u << 31;
-
-#ifndef X_HI
-#define X_HI 0
-#endif
-#ifndef X_MUL
-#define X_MUL 0
-#endif
-#ifndef X_H0
-#define X_H0 1
-#endif
-DI u32 shift_right_3(u32 w) { return X_HI ? __umulhi(w, POWER_29) : w >> 3; }
-DI u32 shift_right_1(u32 w) { return X_HI ? __umulhi(w, POWER_31) : w >> 1; }
-
 // What patterns of rows g (ROW 0) or g + 8 (ROW 1) are to be multiplied by: for the first block in the low half of a word, for the
 // second in the high one.
 template <int ROW> DI u32 scale_factors(u32 scales) {
-  return __byte_perm(scales, 0, ROW ? 0x4341 : 0x4240) * (X_MUL ? POWER_7 : 128u) + (u32)(OFFSET * 128) * 0x10001u;
+  return __byte_perm(scales, 0, ROW ? 0x4341 : 0x4240) * 128u + (u32)(OFFSET * 128) * 0x10001u;
 }
 template <int HALF> DI u32 twice(u32 pair) {
-  if (!X_H0) return __byte_perm(pair, 0, HALF ? 0x3232 : 0x1010);
   u32 d;
   if constexpr (HALF == 0) asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(d) : "r"(pair));
   else asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(d) : "r"(pair));
@@ -222,7 +205,7 @@ template <int J, int M> DI void patterns(const Codes& c, u32 (&a)[4]) {
     a[0] = w & NIBBLE;
     a[1] = (w << 3) & NIBBLE;
     a[2] = ((w << 6) & 0x01C001C0u) | ((w << 2) & 0x80008000u);
-    a[3] = (shift_right_3(w) & 0x01C001C0u) | ((w << 1) & 0x80008000u);
+    a[3] = ((w >> 3) & 0x01C001C0u) | ((w << 1) & 0x80008000u);
     if constexpr (BITS == 6) {
       u32 r = J ? c.rest[0].y : c.rest[0].x;
 #pragma unroll
@@ -268,7 +251,7 @@ DI void multiply_cell(float (&c)[4], const Codes& codes, u32 scales, const Quad 
 constexpr bool SCALE_SUMS = HIDDEN != 1;
 
 template <int BYTE> DI float scale_of_sum(u32 scales) {  // 2^(byte - 127); 0 for byte 0, which only zeros have
-  return __uint_as_float((BYTE == 0 ? scales << 23 : BYTE == 1 ? scales << 15 : BYTE == 2 ? scales << 7 : shift_right_1(scales)) & 0x7f800000u);
+  return __uint_as_float((BYTE == 0 ? scales << 23 : BYTE == 1 ? scales << 15 : BYTE == 2 ? scales << 7 : scales >> 1) & 0x7f800000u);
 }
 template <int J> DI void multiply_block_by_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
   u32 a[4];

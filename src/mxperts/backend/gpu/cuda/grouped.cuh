@@ -1,7 +1,8 @@
 // What the kernels for many tokens share. One after the other they sort the pairs (token, slot) by expert, write the inputs
 // of the first projection, compute it, write the inputs of the second, compute it, and sum over each token's slots.
 //
-//   MOST_N, STEP_N     most tokens of a tile, and what their number is rounded up to
+//   LEAST_N, MOST_N    fewest and most tokens that a tile has room for
+//   STEP_N             what their number is rounded up to a multiple of
 //   WGMMA              whether products are wgmma's, which wants its inputs in another order than mma.sync
 #pragma once
 #include "common.cuh"

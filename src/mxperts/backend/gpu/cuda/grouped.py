@@ -25,13 +25,15 @@ MOST_PAIRS = 1 << 17
 """Pairs that are computed together; it bounds the workspace. More are computed one part after the other."""
 MOST_NARROW = 32
 """Pairs for each expert up to which ``narrow`` was measured to be the faster."""
+_FEW, _FEWEST, _MANY = 48, 64, 160
+"""Tokens of a tile of ``wide``: most with 16 units, and fewest and most with 8."""
 _NARROW = ((8, 4, 4), (16, 3, 10), (32, 2, 24), (64, 2, math.inf))
 """Of ``narrow``: tokens of a tile, blocks on a multiprocessor, and for how many pairs of each expert."""
 _SHARES = (1, 2, 4)
 _ITEM_COST = 6
 """What an item costs besides its steps, in steps."""
 _WARPS = 8
-"""That compute, of a block."""
+"""That compute, of a block of ``narrow``."""
 _MOST_STAGES = 8
 _TILE_BYTES = 32
 _RESERVED = 1024
@@ -44,12 +46,14 @@ class Product:
 
     Attributes:
         tile: most tokens of an expert that are computed together.
+        units: of 32 rows that a block of ``wide`` computes, 8 or 16.
         blocks: on a multiprocessor.
         shares: warps of ``narrow`` that share the K of a unit of rows, of each projection; 0 for the kernel ``wide``.
         depth: slices that a warp of ``narrow`` has room for.
     """
 
     tile: int
+    units: int = 8
     blocks: int = 1
     shares: tuple[int, int] = (0, 0)
     depth: int = 4
@@ -175,19 +179,28 @@ def choose_product(
     """
     active = active_experts(pairs, experts)
     if device.wgmma and (invariant or pairs > MOST_NARROW * active):
-        return wide(planes)
+        return wide(pairs / active, planes)
     if invariant:
-        return Product(64, max(1, 2 // planes), (1, 1))
+        return Product(64, blocks=max(1, 2 // planes), shares=(1, 1))
     tile, blocks = next(((n, b) for n, b, most in _NARROW if pairs <= most * active), _NARROW[-1][:2])
     blocks = max(1, blocks // planes)
     tiles = round(max(active, pairs / tile))
     shares = [share(tiles * p.units, p.steps, blocks * device.multiprocessors) for p in projections]
-    return Product(tile, blocks, (shares[0], shares[1]))
+    return Product(tile, blocks=blocks, shares=(shares[0], shares[1]))
 
 
-def wide(planes: int) -> Product:
-    """The kernel for many tokens of each expert."""
-    return Product(128 if planes == 1 else 64)
+def wide(each: float, planes: int) -> Product:
+    """The kernel for Hopper.
+
+    Args:
+        each: pairs of an expert.
+        planes: see ``choose_product``.
+    """
+    most = each + 2 * math.sqrt(each)  # of nearly every expert
+    if most <= _FEW:
+        return Product(_FEW, units=16)
+    limit = _MANY if planes == 1 else _FEWEST
+    return Product(max(_FEWEST, -(-math.ceil(most / math.ceil(most / limit)) // 16) * 16))
 
 
 def share(units: int, steps: int, blocks: int) -> int:
@@ -212,9 +225,9 @@ def most_tiles(pairs: int, experts: int, tokens: int) -> int:
     return (pairs + min(pairs, experts) * (tokens - 1)) // tokens
 
 
-def stages(slice_bytes: int, planes: int, tile: int, shared_bytes: int) -> tuple[int, int]:
+def stages(product: Product, slice_bytes: int, planes: int, shared_bytes: int) -> tuple[int, int]:
     """Steps that a block of ``wide`` keeps in so much shared memory, and the bytes that they take."""
-    stage = -(-(planes * tile * STEP * 2 + _WARPS * slice_bytes) // 1024) * 1024
+    stage = -(-(planes * product.tile * STEP * 2 + product.units * slice_bytes) // 1024) * 1024
     number = min(_MOST_STAGES, (shared_bytes - 2 * _RESERVED) // stage)
     return number, number * stage + 1024  # from where an address is a multiple of 1024
 
@@ -232,7 +245,8 @@ def _kernels(
         **problem_macros(layout, dtype, activation, function),
         "WGMMA": str(int(product.is_wide)),
         "MOST_N": str(product.tile),
-        "STEP_N": "16" if product.is_wide else "8",
+        "STEP_N": "16" if product.is_wide and product.units == 8 else "8",
+        "LEAST_N": "64" if product.is_wide and product.units == 8 else "8",
     }
 
     def kernel(name: str, threads: int, shared_bytes: int = 0, **more: int) -> Kernel:
@@ -241,8 +255,8 @@ def _kernels(
 
     slice_bytes, blocks = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes, product.blocks
     if product.is_wide:
-        number, shared = stages(slice_bytes, planes, product.tile, properties.shared_memory_per_block_optin)
-        products = [kernel("wide", 32 * (_WARPS + 4), shared, STAGES=number, UNITS=_WARPS)] * 2
+        number, shared = stages(product, slice_bytes, planes, properties.shared_memory_per_block_optin)
+        products = [kernel("wide", 32 * (product.units + 4), shared, STAGES=number, UNITS=product.units)] * 2
     else:
         steps = chunk(product)
         place = -(-slice_bytes // 16) * 16

@@ -103,17 +103,12 @@ extern "C" __global__ void __launch_bounds__(WARPS1 * 32) first(const __grid_con
   if (e >= 0) {
     const int unit = blockIdx.x * UNITS + warp % UNITS, part = warp / UNITS;
     const int begin = steps * part / SHARE1, slices = steps * (part + 1) / SHARE1 - begin;
-#if X_RING
-    Ring<X_RING> ring(shared + WARPS1 * ((steps + SHARE1 - 1) / SHARE1) * (PLANES * 128) + warp * X_RING * Ring<X_RING>::PLACE,
-      p.w1 + ((e * units + min(unit, units - 1)) * steps + begin) * SLICE, slices, SLICE, lane);
-#else
     const Slices weights(p.w1 + ((e * units + min(unit, units - 1)) * steps + begin) * SLICE, 0, lane);
     auto load = [&](Weights<2>& to, int i) { to.load(weights, i); };
     Weights<2> now[DEEP1];
 #pragma unroll
     for (int i = 0; i < DEEP1; i++)
       if (i < slices) load(now[i], i);
-#endif
     if (!p.direct) wait_for_previous();
     const bool by_pair = QDQ == 2 && p.per_expert1;
     const i64 row = by_pair ? pair : pair / p.k, rows = by_pair ? pairs : p.T;
@@ -121,16 +116,7 @@ extern "C" __global__ void __launch_bounds__(WARPS1 * 32) first(const __grid_con
     u8* room = shared + warp * ((steps + SHARE1 - 1) / SHARE1) * (PLANES * 128);
     const Inputs inputs(room, x + begin * 64, rows * steps * 64, slices, lane);
     float c[2][2] = {};
-#if X_RING
-    for (int i = 0; i < slices; i++) {
-      const u32 slice = ring.take();
-      const Pair scales = load_scales(slice, lane >> 2);
-      const Weights<2> w = {{load_codes<0>(slice, lane), load_codes<1>(slice, lane)}, {scales.x, scales.y}};
-      multiply<2>(c, w, inputs, i, lane);
-    }
-#else
     stream<DEEP1>(now, slices, load, [&](const Weights<2>& w, int i) { multiply<2>(c, w, inputs, i, lane); });
-#endif
     if (lane % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[warp][i * 8 + lane / 4] = inputs.restore(c[i >> 1][i & 1]);

@@ -21,7 +21,7 @@ DI u32 same_expert(int e) {
   return same;
 }
 
-DI int round_up(int n) { return (n + STEP_N - 1) / STEP_N * STEP_N; }
+DI int round_up(int n) { return max(LEAST_N, (n + STEP_N - 1) / STEP_N * STEP_N); }
 
 DI int sum_before(int v, int lane) {
   int sum = v;

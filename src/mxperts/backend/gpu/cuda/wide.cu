@@ -1,7 +1,7 @@
-// A projection of the tokens of each expert, where they are many. An item is a tile of tokens times UNITS = 8 units of 32 rows.
+// A projection of the tokens of each expert, on Hopper. An item is a tile of tokens times UNITS = 8 or 16 units of 32 rows.
 // A warp has one unit, whose codes it decodes in registers as the A of wgmma, and all of the tile's tokens, which are B in
-// shared memory. Sums stay in registers over all of K. Four warps copy, which leave registers to the two groups of four that
-// compute.
+// shared memory. Sums stay in registers over all of K. Four warps copy, which leave registers to the groups of four that
+// compute: two of them, which have room for the sums of many tokens, or four, which decode faster.
 //
 //   STAGES      steps of 64 of K that are in shared memory
 #include "async.cuh"
@@ -12,12 +12,17 @@ constexpr int ROW = 128;                        // bytes of a token's inputs in 
 constexpr int PLANE = MOST_N * ROW;
 constexpr int WEIGHTS = PLANES * PLANE;         // where they begin in a stage
 constexpr int STAGE = (WEIGHTS + UNITS * SLICE + 1023) / 1024 * 1024;
-constexpr int THREADS = 384;
+constexpr int THREADS = 128 + 32 * UNITS;
+constexpr int COPYING = UNITS == 8 ? 40 : 32, COMPUTING = UNITS == 8 ? 232 : 120;  // registers of a thread
 
 // 1024-byte aligned, as the swizzle wants it.
 DI u32 stages_at(const u8* shared) { return (shared_address(shared) + 1023) & ~1023u; }
 
-#define FOR_EACH_N(X) X(16) X(32) X(48) X(64) X(80) X(96) X(112) X(128)
+#if STEP_N == 8
+#define FOR_EACH_N(X) X(8) X(16) X(24) X(32) X(40) X(48)
+#else
+#define FOR_EACH_N(X) X(64) X(80) X(96) X(112) X(128) X(144) X(160)
+#endif
 
 // ---- copying and computing warps ---------------------------------------------------------------------------------------
 
@@ -176,10 +181,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   const Projection q(p);
   const int items = p.totals[0] * q.items_of_tile;
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COPYING));
     copy_items(p, q, items, stages, full, empty);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COMPUTING));
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4;
     Turn turn = {0, 0};
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
