@@ -129,9 +129,9 @@ def test_tiles_have_room_for_any_spread() -> None:
         assert grouped.most_tiles(pairs, experts, 128) >= sum(-(-n // 128) for n in uneven)
 
 
-@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
 @pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=str)
-def test_stages_fit(fmt: BlockFormat, shared: int) -> None:
+def test_stages_fit(fmt: BlockFormat) -> None:
+    shared = 227 << 10
     slice_bytes = Tiles(format=fmt, rows=32, k=64).slice_bytes
     for planes, each in itertools.product((1, 2, 3), (1, 20, 50, 128, 1000)):
         number, size = grouped.stages(grouped.wide(each, planes), slice_bytes, planes, shared)

@@ -13,7 +13,8 @@ constexpr int PLANE = MOST_N * ROW;
 constexpr int WEIGHTS = PLANES * PLANE;         // where they begin in a stage
 constexpr int STAGE = (WEIGHTS + UNITS * SLICE + 1023) / 1024 * 1024;
 constexpr int THREADS = 128 + 32 * UNITS;
-constexpr int COPYING = UNITS == 8 ? 40 : 32, COMPUTING = UNITS == 8 ? 232 : 120;  // registers of a thread
+constexpr int COPYING = UNITS == 8 ? 40 : 32, COMPUTING = UNITS == 8 ? 232 : 112;  // registers of a thread
+static_assert(128 * COPYING + 32 * UNITS * COMPUTING <= 65536 / THREADS / 8 * 8 * THREADS, "what a block is launched with");
 
 // 1024-byte aligned, as the swizzle wants it.
 DI u32 stages_at(const u8* shared) { return (shared_address(shared) + 1023) & ~1023u; }
