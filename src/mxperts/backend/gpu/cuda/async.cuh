@@ -15,23 +15,16 @@ DI void wait_for_previous() {
 #endif
 }
 
-// ---- bulk copies into shared memory, likewise -----------------------------------------------------------------------
+// ---- barriers, likewise -----------------------------------------------------------------------------------------------
 
 #if __CUDA_ARCH__ >= 900
 DI void barrier_init(u32 b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory");
 }
 DI void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(b) : "memory"); }
-DI void barrier_expect(u32 b, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(b), "r"(bytes) : "memory");
-}
 DI void barrier_wait(u32 b, u32 phase) {
   asm volatile("{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }"
                :: "r"(b), "r"(phase) : "memory");
-}
-DI void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 DI void make_visible() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // what was written, to copies and wgmma
 DI void make_barriers_visible() {

@@ -39,7 +39,22 @@ struct Turn {
   }
 };
 
-constexpr int LAG = STAGES > 4 ? 3 : STAGES - 2;  // steps whose copies are on their way while those of the next are begun
+constexpr int LAG = STAGES > 6 ? 5 : STAGES - 2;  // steps whose copies are on their way while those of the next are begun
+constexpr int QUARTER = UNITS / 4;                // units of a copying warp
+
+// A slice of each of a warp's units. Bulk copies of so few bytes were measured to be slow where many are under way.
+DI void copy_slices(u32 to, const u8* from, u32 stride, int units, int lane) {
+#pragma unroll
+  for (int u = 0; u < QUARTER; u++) {
+    if (u < units) {
+#pragma unroll
+      for (int i = 0; i + 512 <= SLICE; i += 512) copy16(to + u * SLICE + i + lane * 16, from + u * stride + i + lane * 16);
+    }
+  }
+  const int rest = SLICE / 512 * 512, u = lane >> 2;
+  static_assert(SLICE - rest == 64, "four lanes a unit");
+  copy16_if(to + u * SLICE + rest + (lane & 3) * 16, from + u * stride + rest + (lane & 3) * 16, u < QUARTER && u < units);
+}
 
 DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u32 full, u32 empty) {
   const int thread = threadIdx.x, chunk = thread & 7, row = thread >> 3;
@@ -47,21 +62,17 @@ DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u3
   int begun = 0;
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const Item item(p, q, i);
-    const int units = min(UNITS, q.units - item.unit);
+    const int first = (thread >> 5) * QUARTER, units = min(QUARTER, q.units - item.unit - first);
     u32 from[MOST_N / 16];
 #pragma unroll
     for (int r = 0; r < MOST_N / 16; r++) from[r] = 16 * r < item.tile.n ? q.row(item.tile, row + 16 * r) : 0;
-    const u8* weights = q.unit(item.tile, item.unit + (thread < units ? thread : 0));
+    const u8* weights = q.unit(item.tile, item.unit + first);
     const u8* inputs = (const u8*)q.x + chunk * 16;
     const u32 to = row * ROW + ((chunk ^ (row & 7)) << 4);
     for (int step = 0; step < q.steps; step++) {
       const u32 stage = stages + turn.stage * STAGE, barrier = full + 8 * turn.stage;
       barrier_wait(empty + 8 * turn.stage, turn.phase ^ 1);
-      if (thread < 32) {
-        if (thread == 0) barrier_expect(barrier, units * SLICE);
-        __syncwarp();
-        if (thread < units) copy_bulk(stage + WEIGHTS + thread * SLICE, weights, SLICE, barrier);
-      }
+      copy_slices(stage + WEIGHTS + first * SLICE, weights, q.steps * SLICE, units, thread & 31);
 #pragma unroll
       for (int r = 0; r < MOST_N / 16; r++) {
         if (16 * r < item.tile.n) {
@@ -171,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   const u32 stages = stages_at(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, 129);
+      barrier_init(full + 8 * i, 128);
       barrier_init(empty + 8 * i, UNITS);
     }
     make_barriers_visible();
