@@ -46,8 +46,10 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     module = dispatcher.single if request.param == "single" else dispatcher.grouped
     monkeypatch.setattr(dispatcher, "choose_kernel", lambda call: module)
     monkeypatch.setattr(grouped, "MOST_NARROW", 1e9 if request.param == "narrow" else 0)
+    grouped.choose_product.cache_clear()
     with paths.use_path("cuda"):
         yield request.param
+    grouped.choose_product.cache_clear()
 
 
 def bounds_of(layer: Layer, kernel: str) -> tuple[Any, ...]:
