@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import bounds
+import covering
 import pytest
 import torch
 from covering import FORMATS, PAIRS, E
@@ -52,19 +53,25 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     grouped.choose_product.cache_clear()
 
 
-def bounds_of(layer: Layer, kernel: str) -> tuple[Any, ...]:
+class CudaLayer(Layer):
+    """With as many tokens as every kernel wants; nothing here is interpreted."""
+
+    token_counts = covering.Layer.token_counts
+
+
+def bounds_of(layer: CudaLayer, kernel: str) -> tuple[Any, ...]:
     """``single`` weights what each warp has of a sum, but for integers, whose weights are powers of two."""
     return layer.bounds(weighted_parts=16 if kernel == "single" and not layer.integers else 0)
 
 
-def on_gpu(layer: Layer) -> Tensor:
+def on_gpu(layer: CudaLayer) -> Tensor:
     return layer.on("gpu", "cuda", prepare=True)
 
 
 @pytest.mark.parametrize(("i", "fmt", "activation_format"), [(i, *pair) for i, pair in enumerate(PAIRS)])
 def test_exact_sums(i: int, fmt: str, activation_format: str | None, kernel: str) -> None:
     """Integers: no sum is rounded, and the result is the reference's where the activation function leaves no choice."""
-    layer = Layer(i, fmt, activation_format, integers=True)
+    layer = CudaLayer(i, fmt, activation_format, integers=True)
     expected, limits = layer.run("reference"), bounds_of(layer, kernel)
     y = on_gpu(layer)
     bounds.assert_within(y, limits)
@@ -75,7 +82,7 @@ def test_exact_sums(i: int, fmt: str, activation_format: str | None, kernel: str
 
 @pytest.mark.parametrize(("i", "fmt", "activation_format"), [(i, *pair) for i, pair in enumerate(PAIRS)])
 def test_random_numbers(i: int, fmt: str, activation_format: str | None, kernel: str) -> None:
-    layer = Layer(i + 60, fmt, activation_format, integers=False)
+    layer = CudaLayer(i + 60, fmt, activation_format, integers=False)
     y = on_gpu(layer)
     assert y.dtype is layer.dtype
     bounds.assert_within(y, bounds_of(layer, kernel))
@@ -83,7 +90,7 @@ def test_random_numbers(i: int, fmt: str, activation_format: str | None, kernel:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_prepared_weights_come_back(fmt: str) -> None:
-    layer = Layer(3, fmt, None, integers=False)
+    layer = CudaLayer(3, fmt, None, integers=False)
     prepared = mx.prepare(*to("cuda", (layer.gate_up, layer.down)), interleaved=layer.interleaved, backend="gpu")
     assert are_tiles(prepared.weights)
     for found, given in zip(prepared.unprepare(), (layer.gate_up, layer.down), strict=True):
@@ -93,7 +100,7 @@ def test_prepared_weights_come_back(fmt: str) -> None:
 
 @pytest.mark.parametrize("scale", [0, 10, 200, 255])
 def test_weights_that_tiles_cannot_hold_stay_as_they_are(scale: int) -> None:
-    layer = Layer(0, "mxfp4", None, integers=True)
+    layer = CudaLayer(0, "mxfp4", None, integers=True)
     layer.gate_up.scales[1, 0, 0] = scale
     layer.gate_up.packed[1, 0, 0] = 1
     prepared = mx.prepare(*to("cuda", (layer.gate_up, layer.down)), interleaved=layer.interleaved, backend="gpu")

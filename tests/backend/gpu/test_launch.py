@@ -16,7 +16,7 @@ from mxperts.backend.gpu.cuda.layout import Tiles
 from mxperts.backend.gpu.experts import choose_kernel
 from mxperts.backend.gpu.paths import batch_invariant
 from mxperts.backend.gpu.prepared import projections
-from mxperts.formats import FP8_DYNAMIC, parse_activation
+from mxperts.formats import BLOCK_FORMATS, FP8_DYNAMIC, parse_activation
 from mxperts.ops.activation import bind_activation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
@@ -28,7 +28,9 @@ H200 = SimpleNamespace(
     major=9,
     minor=0,
 )
-HOPPER, AMPERE = grouped.Device(132, wgmma=True), grouped.Device(108, wgmma=False)
+HOPPER = grouped.Device(132, 227 << 10, 228 << 10, wgmma=True)
+AMPERE = grouped.Device(108, 163 << 10, 164 << 10, wgmma=False)
+SMALLEST = grouped.Device(46, 99 << 10, 100 << 10, wgmma=False)
 TILES = (Tiles(format=mx.MXFP4, rows=192, k=128, gated=True), Tiles(format=mx.MXFP4, rows=128, k=96))
 LAUNCHED: list[tuple[str, Any, Any]] = []
 """Names of kernels, their grids, and copies of their arguments."""
@@ -175,9 +177,9 @@ def test_the_kernel_follows_the_number_of_pairs() -> None:
         return "wide" if grouped.choose_product(tokens * k, experts, TILES, 1, HOPPER).is_wide else "narrow"
 
     for experts, k, expected in (
-        (128, 4, {1: "single", 2: "single", 64: "narrow", 512: "narrow", 4096: "wide"}),
-        (8, 2, {1: "single", 8: "narrow", 64: "narrow", 512: "wide"}),
-        (256, 8, {1: "single", 2: "single", 64: "narrow", 512: "narrow", 4096: "wide"}),
+        (128, 4, {1: "single", 8: "single", 16: "narrow", 64: "narrow", 512: "wide", 4096: "wide"}),
+        (8, 2, {1: "single", 8: "narrow", 64: "wide", 512: "wide"}),
+        (256, 8, {1: "single", 8: "single", 64: "narrow", 512: "wide", 4096: "wide"}),
     ):
         assert {tokens: kernel(tokens, k, experts) for tokens in expected} == expected
 
@@ -187,6 +189,19 @@ def test_without_wgmma_every_product_is_narrow() -> None:
         product = grouped.choose_product(pairs, 8, TILES, 3, AMPERE, invariant=invariant)
         assert not product.is_wide
         assert product.shares == (1, 1) or not invariant
+
+
+@pytest.mark.parametrize("device", [HOPPER, AMPERE, SMALLEST])
+@pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=str)
+def test_blocks_fit(fmt: mx.BlockFormat, device: grouped.Device) -> None:
+    tiles = (Tiles(format=fmt, rows=5760, k=2880, gated=True), Tiles(format=fmt, rows=2880, k=2880))
+    for planes, pairs, experts in itertools.product((1, 2, 3), (1, 30, 300, 3000), (8, 128)):
+        product = grouped.narrow(pairs, pairs / grouped.active_experts(pairs, experts), tiles, planes, device)
+        sizes = [grouped.narrow_bytes(product.tile, n, planes, tiles[0].slice_bytes) for n in product.shares]
+        assert max(sizes) < device.shared_bytes
+        assert product.blocks * max(sizes) < device.shared_bytes_together
+    with pytest.raises(mx.BackendUnavailable, match="too few"):
+        grouped.narrow(8, 1.0, tiles, 1, grouped.Device(46, 30 << 10, 30 << 10, wgmma=False))
 
 
 def test_warps_share_units_where_there_are_few() -> None:

@@ -17,19 +17,22 @@ from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
 from mxperts.backend.gpu.cuda.macros import hidden_macros, problem_macros
 from mxperts.backend.gpu.paths import is_batch_invariant
+from mxperts.errors import BackendUnavailable
 from mxperts.formats import Activation
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
 
 MOST_PAIRS = 1 << 17
 """Pairs that are computed together; it bounds the workspace. More are computed one part after the other."""
-MOST_NARROW = 32
+MOST_NARROW = 8
 """Pairs for each expert up to which ``narrow`` was measured to be the faster."""
 _FEW, _FEWEST, _MANY = 48, 64, 160
 """Tokens of a tile of ``wide``: most with 16 units, and fewest and most with 8."""
 _NARROW = ((8, 4, 4), (16, 3, 10), (32, 2, 24), (64, 2, math.inf))
 """Of ``narrow``: tokens of a tile, blocks on a multiprocessor, and for how many pairs of each expert."""
 _SHARES = (1, 2, 4)
+_DEPTH = 4
+"""Slices that a warp of ``narrow`` has room for."""
 _ITEM_COST = 6
 """What an item costs besides its steps, in steps."""
 _WARPS = 8
@@ -49,14 +52,12 @@ class Product:
         units: of 32 rows that a block of ``wide`` computes, 8 or 16.
         blocks: on a multiprocessor.
         shares: warps of ``narrow`` that share the K of a unit of rows, of each projection; 0 for the kernel ``wide``.
-        depth: slices that a warp of ``narrow`` has room for.
     """
 
     tile: int
     units: int = 8
     blocks: int = 1
     shares: tuple[int, int] = (0, 0)
-    depth: int = 4
 
     @property
     def is_wide(self) -> bool:
@@ -149,10 +150,14 @@ class Device:
 
     Attributes:
         multiprocessors: their number.
+        shared_bytes: that a block can have.
+        shared_bytes_together: that the blocks on a multiprocessor have.
         wgmma: whether it has Hopper's instructions; others have ``mma.sync``.
     """
 
     multiprocessors: int
+    shared_bytes: int
+    shared_bytes_together: int
     wgmma: bool
 
 
@@ -160,7 +165,12 @@ class Device:
 def device_of(index: int) -> Device:
     """The device with an index."""
     properties: Any = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, torch.cuda.get_device_capability(index) == (9, 0))
+    return Device(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_multiprocessor,
+        torch.cuda.get_device_capability(index) == (9, 0),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -175,18 +185,12 @@ def choose_product(
         projections: first and second.
         planes: bf16 numbers of an input: they share the shared memory with the weights' codes.
         device: that computes.
-        invariant: whether it must be the same, and add up alike, for any number of pairs.
+        invariant: whether it must add up alike for any number of pairs.
     """
-    active = active_experts(pairs, experts)
-    if device.wgmma and (invariant or pairs > MOST_NARROW * active):
-        return wide(pairs / active, planes)
-    if invariant:
-        return Product(64, blocks=max(1, 2 // planes), shares=(1, 1))
-    tile, blocks = next(((n, b) for n, b, most in _NARROW if pairs <= most * active), _NARROW[-1][:2])
-    blocks = max(1, blocks // planes)
-    tiles = round(max(active, pairs / tile))
-    shares = [share(tiles * p.units, p.steps, blocks * device.multiprocessors) for p in projections]
-    return Product(tile, blocks=blocks, shares=(shares[0], shares[1]))
+    each = pairs / active_experts(pairs, experts)
+    if device.wgmma and (invariant or each > MOST_NARROW):
+        return wide(each, planes)
+    return narrow(pairs, each, projections, planes, device, (1,) if invariant else _SHARES)
 
 
 def wide(each: float, planes: int) -> Product:
@@ -203,21 +207,56 @@ def wide(each: float, planes: int) -> Product:
     return Product(max(_FEWEST, -(-math.ceil(most / math.ceil(most / limit)) // 16) * 16))
 
 
-def share(units: int, steps: int, blocks: int) -> int:
+def narrow(
+    pairs: int,
+    each: float,
+    projections: tuple[Tiles, Tiles],
+    planes: int,
+    device: Device,
+    shares: Sequence[int] = _SHARES,
+) -> Product:
+    """The kernel for any device.
+
+    Args:
+        pairs, projections, planes, device: see ``choose_product``.
+        each: pairs of an expert.
+        shares: what warps may share a unit.
+
+    Raises:
+        BackendUnavailable: too little shared memory.
+    """
+    wanted = next(i for i, (_, _, most) in enumerate(_NARROW) if each <= most)
+    for tile, blocks, _ in reversed(_NARROW[: wanted + 1]):
+        sizes = {n: narrow_bytes(tile, n, planes, projections[0].slice_bytes) for n in shares}
+        fitting = [n for n, size in sizes.items() if size <= device.shared_bytes - _RESERVED]
+        if fitting:
+            tiles = round(max(pairs / each, pairs / tile))
+            chosen = [share(tiles * p.units, p.steps, blocks * device.multiprocessors, fitting) for p in projections]
+            together = device.shared_bytes_together // (max(sizes[n] for n in chosen) + _RESERVED)
+            return Product(tile, blocks=max(1, min(blocks, together)), shares=(chosen[0], chosen[1]))
+    raise BackendUnavailable(f"{device.shared_bytes} bytes of shared memory are too few; use path 'triton'")
+
+
+def share(units: int, steps: int, blocks: int, shares: Sequence[int] = _SHARES) -> int:
     """Warps that best share a unit, so that all blocks have about as much to do.
 
     Args:
         units: of all tiles.
         steps: of a unit.
         blocks: that are there at a time.
+        shares: the choices.
     """
-    return min(_SHARES, key=lambda n: -(-units * n // (_WARPS * blocks)) * (-(-steps // n) + _ITEM_COST))
+    return min(shares, key=lambda n: -(-units * n // (_WARPS * blocks)) * (-(-steps // n) + _ITEM_COST))
 
 
-def chunk(product: Product) -> int:
-    """Steps whose inputs a block of ``narrow`` has in shared memory: as many as a warp's copies are ahead, at least."""
-    least = max(product.shares) * (product.depth - 1)
-    return next(n for n in (4 if product.tile > 16 else 8, 8, 16, 32, 64) if n >= least)
+def chunk(tile: int, warps: int, planes: int) -> int:
+    """Steps whose inputs a block of ``narrow`` has in shared memory: no fewer than weights are copied ahead."""
+    return max(8 if tile * planes <= 16 else 4, _DEPTH * warps)
+
+
+def narrow_bytes(tile: int, warps: int, planes: int, slice_bytes: int) -> int:
+    """Shared memory of a block of ``narrow``, ``warps`` of which share a unit: inputs, twice, and places for slices."""
+    return 2 * planes * tile * chunk(tile, warps, planes) * STEP * 2 + _WARPS * _DEPTH * -(-slice_bytes // 16) * 16
 
 
 def most_tiles(pairs: int, experts: int, tokens: int) -> int:
@@ -253,18 +292,23 @@ def _kernels(
         every = {**macros, **{k: str(v) for k, v in more.items()}}
         return Kernel(name, every, device, threads=threads, shared_bytes=shared_bytes, overlaps=True)
 
-    slice_bytes, blocks = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes, product.blocks
+    slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
     if product.is_wide:
         number, shared = stages(product, slice_bytes, planes, properties.shared_memory_per_block_optin)
         products = [kernel("wide", 32 * (product.units + 4), shared, STAGES=number, UNITS=product.units)] * 2
     else:
-        steps = chunk(product)
-        place = -(-slice_bytes // 16) * 16
-        shared = 2 * planes * product.tile * steps * STEP * 2 + _WARPS * product.depth * place
-        blocks = min(blocks, properties.shared_memory_per_multiprocessor // (shared + _RESERVED))
-        choices = {"CHUNK": steps, "BLOCKS": blocks, "DEPTH": product.depth}
         products = [
-            kernel("narrow", 32 * _WARPS, shared, SHARE=n, UNITS=_WARPS // n, **choices) for n in product.shares
+            kernel(
+                "narrow",
+                32 * _WARPS,
+                narrow_bytes(product.tile, n, planes, slice_bytes),
+                SHARE=n,
+                UNITS=_WARPS // n,
+                CHUNK=chunk(product.tile, n, planes),
+                DEPTH=_DEPTH,
+                BLOCKS=product.blocks,
+            )
+            for n in product.shares
         ]
     return _Kernels(
         kernel("sort", 32 * segments, 4 * experts * (segments + 3), SEGMENTS=segments, EXPERTS=experts),
@@ -272,5 +316,5 @@ def _kernels(
         kernel("inputs", 128, SECOND=1),
         products,
         kernel("combine", 128),
-        properties.multi_processor_count * blocks,
+        properties.multi_processor_count * product.blocks,
     )

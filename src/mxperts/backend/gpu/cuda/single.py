@@ -24,6 +24,9 @@ MOST_SHARING = 1.5
 MOST_SHARED_BYTES = 98 << 10
 """Of a block: every GPU that the kernels are for has as much."""
 _SOURCE_BYTES = 8
+_WARPS2 = 16
+_BITS_AT_ONCE = 24
+"""Slices of one cell that a warp has registers for, times the bits of a code."""
 
 
 class _Arguments(CallArguments):
@@ -47,14 +50,13 @@ class Shape:
     deep2: int
 
 
-def choose(k: int, first: Tiles, second: Tiles) -> Shape:
-    """What to launch: more warps than slices would leave some idle, fewer would leave memory waiting.
-
-    Args:
-        k: slots of a token.
-        first, second: the projections.
-    """
-    return Shape(8, 1, 16, 2)
+def choose(call: ExpertsCall, second: Tiles) -> Shape:
+    """What to launch: with one token blocks are few, and their warps are to be many."""
+    tokens, k = call.top_k_index.shape
+    if tokens > 1:
+        return Shape(4 * _units_of_block(call), 1, 8, 4)
+    run = -(-k * second.steps // _WARPS2)
+    return Shape(8, 1, _WARPS2, run if run * second.format.element.bits <= _BITS_AT_ONCE else 2)
 
 
 def shared_bytes(shape: Shape, call: ExpertsCall, first: Tiles, second: Tiles) -> tuple[int, int]:
@@ -84,11 +86,11 @@ class _Kernels:
 
 def takes(call: ExpertsCall) -> bool:
     """Whether a call has so few pairs that hardly two share an expert."""
-    (tokens, k), pairs = call.top_k_index.shape, call.top_k_index.numel()
+    tokens, pairs = call.top_k_index.shape[0], call.top_k_index.numel()
     few = pairs <= MOST_PAIRS and pairs <= MOST_SHARING * active_experts(pairs, call.layout.experts)
     first, second = projections(call.layout)
-    room = max(shared_bytes(choose(k, first, second), call, first, second))
-    return (tokens == 1 or few) and room <= MOST_SHARED_BYTES
+    room = max(shared_bytes(choose(call, second), call, first, second))
+    return (few or tokens == 1) and room <= MOST_SHARED_BYTES
 
 
 def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
@@ -97,7 +99,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
     tokens, k = call.top_k_index.shape
     pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
     index, stream = current(device)
-    shape = choose(k, first, second)
+    shape = choose(call, second)
     shared = shared_bytes(shape, call, first, second)
     kernels = _kernels(layout, dtype, activation, call.activation.name, shape, shared, index)
     rows1 = pairs if given.per_expert1 else tokens
