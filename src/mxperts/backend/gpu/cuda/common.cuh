@@ -1,8 +1,8 @@
 // What every kernel here needs: words, bf16 arithmetic, decoding weights, quantising and activating.
 //
-// A kernel is compiled for one problem: the numbers below in capitals are defined by the launcher (see source.py).
+// A kernel is compiled for one problem: the numbers below in capitals are defined by the launcher (see macros.py).
 //   BITS, OFFSET            width of a code; decoded patterns are the element's value times 2^-OFFSET as bf16
-//   WIDE, SHIFT, MASK       8-bit floats: exponent and mantissa move right by SHIFT into MASK
+//   SHIFT, MASK             8-bit floats: exponent and mantissa move right by SHIFT into MASK
 //   INTEGER                 two's complement codes
 //   LOW                     6-bit floats: which bits of a pattern the two bits outside the nibble are, as a mask
 //   HIDDEN                  dtype of hidden states: 0 bf16, 1 float16, 2 float32
