@@ -1,6 +1,6 @@
 // The sum over a token's slots, in their order, rounded once; a block a token.
-#include "async.cuh"
 #include "grouped.cuh"
+#include "overlap.cuh"
 
 constexpr int THREADS = 128;
 

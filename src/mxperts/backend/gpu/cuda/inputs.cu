@@ -3,8 +3,8 @@
 // makes of the first one's results (rows are positions).
 //
 //   SECOND    which
-#include "async.cuh"
 #include "grouped.cuh"
+#include "overlap.cuh"
 
 constexpr int THREADS = 128;
 

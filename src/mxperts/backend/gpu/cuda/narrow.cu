@@ -6,8 +6,9 @@
 //   DEPTH     slices that a warp has room for
 //   CHUNK     steps of 64 of K whose inputs are in shared memory, twice; SHARE * (DEPTH - 1) at least
 //   BLOCKS    blocks on a multiprocessor
-#include "async.cuh"
+#include "overlap.cuh"
 #include "product.cuh"
+#include "weights.cuh"
 
 constexpr int WARPS = UNITS * SHARE;
 constexpr int THREADS = 32 * WARPS;

@@ -6,7 +6,8 @@
 // between them quantise where these cannot.
 //
 //   DEEP1, DEEP2    slices that a warp loads at a time
-#include "async.cuh"
+#include "overlap.cuh"
+#include "weights.cuh"
 
 struct Args : Call {
   u16* xq;   // [PLANES, rows, K1 * 64] inputs; unused where the hidden states do as they are

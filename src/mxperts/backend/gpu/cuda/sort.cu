@@ -3,8 +3,8 @@
 //
 //   SEGMENTS    warps
 //   EXPERTS     at least the number of experts
-#include "async.cuh"
 #include "grouped.cuh"
+#include "overlap.cuh"
 
 constexpr int THREADS = 32 * SEGMENTS;
 constexpr int AT_ONCE = 8;

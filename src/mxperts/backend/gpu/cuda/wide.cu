@@ -4,7 +4,7 @@
 // compute: two of them, which have room for the sums of many tokens, or four, which decode faster.
 //
 //   STAGES      steps of 64 of K that are in shared memory
-#include "async.cuh"
+#include "overlap.cuh"
 #include "product.cuh"
 #include "wgmma.cuh"
 
@@ -27,6 +27,19 @@ DI u32 stages_at(const u8* shared) { return (shared_address(shared) + 1023) & ~1
 
 // ---- copying and computing warps ---------------------------------------------------------------------------------------
 
+DI void barrier_init(u32 b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory");
+}
+DI void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(b) : "memory"); }
+DI void barrier_wait(u32 b, u32 phase) {
+  asm volatile("{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }"
+               :: "r"(b), "r"(phase) : "memory");
+}
+DI void make_visible() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // what was written, to wgmma
+DI void make_barriers_visible() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  make_visible();
+}
 DI void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DI void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> DI void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }

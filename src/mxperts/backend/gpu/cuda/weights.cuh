@@ -1,39 +1,8 @@
-// What runs beside a kernel's own instructions: copies, the barriers that tell of their arrival, and the next launch.
+// How a warp reads prepared weights.
 #pragma once
 #include "common.cuh"
 
-// ---- launches that overlap, from compute capability 9.0 on ----------------------------------------------------------
-
-DI void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-DI void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// ---- barriers, likewise -----------------------------------------------------------------------------------------------
-
-#if __CUDA_ARCH__ >= 900
-DI void barrier_init(u32 b, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory");
-}
-DI void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(b) : "memory"); }
-DI void barrier_wait(u32 b, u32 phase) {
-  asm volatile("{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }"
-               :: "r"(b), "r"(phase) : "memory");
-}
-DI void make_visible() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // what was written, to copies and wgmma
-DI void make_barriers_visible() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  make_visible();
-}
-#endif
-
-// ---- weights through shared memory -----------------------------------------------------------------------------------
+// ---- through shared memory --------------------------------------------------------------------------------------------
 
 // A warp's slices, one after the other, through places in shared memory that are its own: PLACES - 1 are on their way.
 template <int PLACES> struct Ring {
@@ -70,7 +39,7 @@ template <int PLACES> struct Ring {
   }
 };
 
-// ---- weights straight into registers ---------------------------------------------------------------------------------
+// ---- straight into registers --------------------------------------------------------------------------------------------
 
 template <int AT> DI Quad load_weights4(const u8* p) {
   Quad v;
