@@ -26,9 +26,6 @@ DI u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); 
 DI void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
 }
-DI void copy16_or_zero(u32 to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
 DI void copy16_if(u32 to, const void* from, bool wanted) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global.L2::128B [%0], [%1], 16;}"
                :: "r"(to), "l"(from), "r"((u32)wanted) : "memory");
@@ -36,10 +33,6 @@ DI void copy16_if(u32 to, const void* from, bool wanted) {
 DI void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DI void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
-DI void load_global4_if(Quad& v, const void* from, bool wanted) {  // otherwise v stays
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.b32 {%0,%1,%2,%3}, [%4];}"
-               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(from), "r"((u32)wanted) : "memory");
-}
 template <int AT> DI Quad load_shared4(u32 a) {
   Quad v;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4+%5];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a), "n"(AT));
