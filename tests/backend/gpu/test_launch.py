@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -182,6 +183,14 @@ def test_the_kernel_follows_the_number_of_pairs() -> None:
         (256, 8, {1: "single", 8: "single", 64: "narrow", 512: "wide", 4096: "wide"}),
     ):
         assert {tokens: kernel(tokens, k, experts) for tokens in expected} == expected
+
+
+def test_inputs_that_shared_memory_does_not_hold_are_grouped() -> None:
+    c = call(1, 8)
+    wide = replace(c.layout, intermediate=1 << 16)
+    assert choose_kernel(replace(c, layout=replace(c.layout, intermediate=1 << 12))) is single
+    assert choose_kernel(replace(c, layout=wide)) is grouped
+    assert choose_kernel(replace(c, layout=wide, top_k_index=c.top_k_index[:, :1])) is grouped
 
 
 def test_without_wgmma_every_product_is_narrow() -> None:
