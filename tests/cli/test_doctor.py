@@ -45,3 +45,13 @@ def test_a_wrong_bit_is_found_and_fails(runner, monkeypatch):
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "WRONG" in result.stdout
+
+
+def test_a_wrong_result_is_found_and_fails(runner, monkeypatch):
+    run = mx.fused_experts
+    monkeypatch.setattr(mx, "fused_experts", lambda *a, **k: run(*a, **k) * (1 + 2**-7))
+    result = runner.invoke(app, ["doctor", "-o", "json"])
+    assert result.exit_code == 1
+    for wrong in json.loads(result.stdout)["self_check"].values():
+        assert wrong.startswith("WRONG: layer")
+        assert "prepared layer" in wrong

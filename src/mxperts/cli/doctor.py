@@ -33,7 +33,7 @@ GOLDEN_SCALE = 127
 
 
 def doctor(output: OutputOption = None) -> None:
-    """Show versions, processor, accelerators and backends, and check quantisation bit by bit on every backend."""
+    """Show versions, processor, accelerators and backends, and check the numbers of every backend bit by bit."""
     from mxperts.backend.cpu import jit, paths  # takes a second, which `mxperts --help` need not wait for
 
     found = environment()
@@ -61,24 +61,51 @@ def doctor(output: OutputOption = None) -> None:
 
 
 def self_checks() -> Iterator[tuple[str, str]]:
-    """By backend and device, whether it quantises the golden block to the right bits and back to the right values."""
+    """By backend and device, whether its numbers are right."""
     for backend, device in itertools.product(BACKENDS, devices()):
         if backend.device not in (None, device):
             continue
-        name = f"{backend.name} on {device}"
-        x = torch.tensor(GOLDEN_VALUES, device=device)
         try:
-            quantized = mx.quantize(x, mx.MXFP4, backend=backend.name)
-            values = mx.dequantize(quantized, torch.float32, backend=backend.name)
+            wrong = [*wrong_codes(backend.name, device), *wrong_results(backend.name, device)]
         except BackendUnavailable as error:
-            yield name, f"unavailable: {error}"
+            yield f"{backend.name} on {device}", f"unavailable: {error}"
             continue
-        codes, scales = quantized.codes().tolist(), quantized.scales.tolist()
-        expected = [mx.MXFP4.element.values[code] for code in GOLDEN_CODES]
-        if (codes, scales, values.tolist()) == (GOLDEN_CODES, [GOLDEN_SCALE], expected):
-            yield name, "ok"
-        else:
-            yield name, f"WRONG: codes {codes}, scale {scales}, values {values.tolist()}"
+        yield f"{backend.name} on {device}", f"WRONG: {'; '.join(wrong)}" if wrong else "ok"
+
+
+def wrong_codes(backend: str, device: str) -> Iterator[str]:
+    """What is wrong where a backend quantises the golden block and gives its values back."""
+    x = torch.tensor(GOLDEN_VALUES, device=device)
+    quantized = mx.quantize(x, mx.MXFP4, backend=backend)
+    values = mx.dequantize(quantized, torch.float32, backend=backend).tolist()
+    codes, scales = quantized.codes().tolist(), quantized.scales.tolist()
+    if (codes, scales) != (GOLDEN_CODES, [GOLDEN_SCALE]):
+        yield f"codes {codes}, scale {scales}"
+    if values != [mx.MXFP4.element.values[code] for code in GOLDEN_CODES]:
+        yield f"values {values}"
+
+
+def wrong_results(backend: str, device: str) -> Iterator[str]:
+    """What is wrong where a backend runs a layer of 0.5s and -0.5s, its weights as they are and prepared.
+
+    Of 32 inputs of 1 every gate is 16 and every up row 16, or -16 in the second expert. ``relu2`` makes 16^3 of them,
+    and half of that, 32 times, is 2^16. Nothing is rounded.
+    """
+    gate_up, down = torch.full((2, 64, 32), 0.5, device=device), torch.full((2, 32, 32), 0.5, device=device)
+    gate_up[1, 32:] = -0.5
+    first, second = (mx.quantize(w, mx.MXFP4, backend=backend) for w in (gate_up, down))
+    x = torch.ones(3, 32, dtype=torch.bfloat16, device=device)
+    index = torch.tensor([[0, 1], [1, 0], [0, -1]], device=device)
+    routing = torch.tensor([[1.0, 0.5], [1.0, 0.25], [0.5, 1.0]], device=device)
+    expected = torch.tensor([0.5, -0.75, 0.5])[:, None].expand(3, 32) * 2**16
+
+    def wrong(how: str, weights: Any, down: mx.MXTensor | None) -> Iterator[str]:
+        y = mx.fused_experts(x, weights, down, index, routing, activation="relu2", backend=backend).float().cpu()
+        if not torch.equal(y, expected):
+            yield f"{how}layer {y.tolist()}"
+
+    yield from wrong("", first, second)
+    yield from wrong("prepared ", mx.prepare(first, second, backend=backend), None)
 
 
 def memory_bytes() -> int | None:

@@ -1,4 +1,4 @@
-// What the kernels for many tokens share. One after the other they sort the pairs (token, slot) by expert, write the inputs
+// What the kernels for all but a few tokens share. One after the other they sort the pairs (token, slot) by expert, write the inputs
 // of the first projection, compute it, write the inputs of the second, compute it, and sum over each token's slots.
 //
 //   LEAST_N, MOST_N    fewest and most tokens that a tile has room for

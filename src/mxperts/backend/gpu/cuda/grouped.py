@@ -1,4 +1,4 @@
-"""fused_experts for many tokens: pairs (token, slot) sorted by expert, and each projection as one grouped product."""
+"""fused_experts for all but a few tokens: pairs (token, slot) sorted by expert, each projection a grouped product."""
 
 from __future__ import annotations
 
