@@ -132,12 +132,6 @@ DI int units_of(const Call& p, bool second) {
 }
 DI int steps_of(const Call& p, bool second) { return (int)(((second ? p.I : p.H) + 63) / 64); }
 
-// An input of the first projection, before it is quantised.
-DI float input_of(const Call& p, i64 token, int i) {
-  float v = load_number(p.x, token * p.x_stride + i, HIDDEN);
-  return p.on_input ? round_to_hidden(v * load_number(p.routing, token, (int)p.routing_dtype)) : v;
-}
-
 // ---- weights -------------------------------------------------------------------------------------------------------
 // A cell is 16 rows times 64 of K. Of its two blocks of 32, lane (g, t) = (lane / 4, lane % 4) of a warp holds the codes of rows
 // g and g + 8 and k = 8 t .. 8 t + 7, which is what four mma.m16n8k16 want as their A, if B holds k in the same order.
@@ -224,52 +218,6 @@ template <int J, int M> DI void fragment(const Codes& c, u32 even, u32 odd, u32 
   }
 }
 
-// A cell's products with a lane's values 8 t .. 8 t + 7 of both blocks of one row, which are B.
-template <int J, int M> DI void multiply_part(float (&c)[4], const Codes& codes, u32 even, u32 odd, const Quad (&x)[PLANES][2]) {
-  u32 a[4];
-  fragment<J, M>(codes, even, odd, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, M ? x[i][J].z : x[i][J].x, M ? x[i][J].w : x[i][J].y);
-}
-DI void multiply_cell(float (&c)[4], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
-  const u32 even = scale_factors<0>(scales), odd = scale_factors<1>(scales);
-  multiply_part<0, 0>(c, codes, even, odd, x);
-  multiply_part<0, 1>(c, codes, even, odd, x);
-  multiply_part<1, 0>(c, codes, even, odd, x);
-  multiply_part<1, 1>(c, codes, even, odd, x);
-}
-
-// For products with one row, sums of blocks are what scales are best applied to: they are fewer than weights. Of patterns as
-// they are, they need inputs times 2^OFFSET. float16 would round weights, which then are to have their scales.
-constexpr bool SCALE_SUMS = HIDDEN != 1;
-
-template <int BYTE> DI float scale_of_sum(u32 scales) {  // 2^(byte - 127); 0 for byte 0, which only zeros have
-  return __uint_as_float((BYTE == 0 ? scales << 23 : BYTE == 1 ? scales << 15 : BYTE == 2 ? scales << 7 : scales >> 1) & 0x7f800000u);
-}
-template <int J> DI void multiply_block_by_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
-  u32 a[4];
-  float c[4] = {};
-  patterns<J, 0>(codes, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, x[i][J].x, x[i][J].y);
-  patterns<J, 1>(codes, a);
-#pragma unroll
-  for (int i = 0; i < PLANES; i++) mma(c, a, x[i][J].z, x[i][J].w);
-  sums[0] = fmaf(c[0], scale_of_sum<2 * J>(scales), sums[0]);
-  sums[1] = fmaf(c[2], scale_of_sum<2 * J + 1>(scales), sums[1]);
-}
-// A cell's products with a row, which all columns of B are; the sums of rows g and g + 8.
-DI void multiply_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
-  if constexpr (SCALE_SUMS) {
-    multiply_block_by_row<0>(sums, codes, scales, x);
-    multiply_block_by_row<1>(sums, codes, scales, x);
-  } else {
-    float c[4] = {sums[0], 0.f, sums[1], 0.f};
-    multiply_cell(c, codes, scales, x);
-    sums[0] = c[0], sums[1] = c[2];
-  }
-}
-
 // ---- inputs --------------------------------------------------------------------------------------------------------
 
 DI float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
@@ -293,15 +241,6 @@ struct SharedScale {
     return copysignf(fminf((m + magic) - magic, __uint_as_float(RULE_LARGEST)) * from1 * from2, x);
   }
 };
-
-// One value of a block of 32, quantised and back; a whole warp, one value a lane.
-DI float quantize_in_block(float x) {
-  u32 amax = __reduce_max_sync(0xffffffffu, __float_as_uint(x) & 0x7fffffffu);
-  if (amax >= 0x7f800000u) return __uint_as_float(0x7fffffffu);
-  return SharedScale(amax).quantize(x);
-}
-#else
-DI float quantize_in_block(float x) { return x; }
 #endif
 
 // E4M3, the nearest, ties to even, saturating; NaN stays.
@@ -311,50 +250,6 @@ DI float quantize_fp8(float x, float scale) {
   float magic = __uint_as_float((u32)(top + 147) << 23);
   float q = (m + magic) - magic;
   return v != v ? v : copysignf(q, v) * scale;
-}
-
-// A value of a row, split into bf16 numbers that add up to it, one for each plane of `stride` values.
-DI void store_planes(u16* to, i64 i, i64 stride, float x) {
-#pragma unroll
-  for (int p = 0; p < PLANES; p++) {
-    u32 part = to_bf16x2(x, 0.f) & 0xffffu;
-    to[p * stride + i] = (u16)part;
-    float rest = x - of_bf16(part);
-    x = p == 0 && !(fabsf(x) < __uint_as_float(0x7f800000u)) ? 0.f : rest;  // Inf and NaN are in the first
-  }
-}
-
-// Rows of values, quantised by whole warps: in blocks of 32, or with the scale of a row, which `kept` then has room for.
-template <typename Read, typename Scale>
-DI void quantize_rows(i64 rows, int k, int width, u16* to, float* kept, Read read, Scale scale_of, int worker, int workers, int lane) {
-  const int blocks = width / 32;
-  if (QDQ == 3) {
-    for (i64 row = worker; row < rows; row += workers) {
-      u32 most = 0;
-      for (int i = lane; i < k; i += 32) {
-        float v = read(row, i);
-        if (kept) kept[row * width + i] = v;
-        most = max(most, __float_as_uint(v) & 0x7fffffffu);
-      }
-      most = __reduce_max_sync(0xffffffffu, most);
-      float scale = __fdiv_rn(__uint_as_float(most), 448.f);
-      if (scale == 0.f) scale = 1.f;
-      for (int i = lane; i < width; i += 32) {
-        float v = 0.f;
-        if (i < k) v = most >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : quantize_fp8(kept ? kept[row * width + i] : read(row, i), scale);
-        store_planes(to, row * width + i, rows * width, round_to_hidden(v));
-      }
-    }
-    return;
-  }
-  for (i64 block = worker; block < rows * blocks; block += workers) {
-    i64 row = block / blocks;
-    int i = (int)(block - row * blocks) * 32 + lane;
-    float v = i < k ? read(row, i) : 0.f;
-    if (QDQ == 1) v = quantize_in_block(v);
-    if (QDQ == 2) v = i < k ? quantize_fp8(v, scale_of(row)) : 0.f;
-    store_planes(to, row * width + i, rows * width, round_to_hidden(v));
-  }
 }
 
 // ---- between the projections ---------------------------------------------------------------------------------------

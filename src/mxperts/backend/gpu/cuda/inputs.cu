@@ -29,7 +29,7 @@ DI void load8(const void* p, i64 i, float (&v)[8]) {
 }
 
 #if QDQ == 1
-// As quantize_in_block of common.cuh, for a block in four neighbouring lanes.
+// As quantize_in_block of single.cu, for a block in four neighbouring lanes.
 DI void quantize_block(float (&v)[8]) {
   u32 amax = 0;
 #pragma unroll
@@ -58,7 +58,7 @@ DI Quad in_order(u32 (&w)[4], int lane) {
 DI Quad in_order(u32 (&w)[4], int) { return {w[0], w[1], w[2], w[3]}; }
 #endif
 
-// As store_planes of common.cuh.
+// As store_planes of single.cu.
 DI void store8(u16* to, i64 plane, float (&v)[8], int lane, bool wanted) {
 #pragma unroll
   for (int p = 0; p < PLANES; p++) {

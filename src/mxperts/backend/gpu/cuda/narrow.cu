@@ -30,14 +30,9 @@ DI void copy_chunk(const Projection& q, const Item& item, const u32* rows, int c
   }
 }
 
-template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const Codes (&codes)[2], const Pair& scales, u32 tokens) {
+template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const Slice& slice, u32 tokens) {
   u32 a[2][2][4];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const u32 even = scale_factors<0>(i ? scales.y : scales.x), odd = scale_factors<1>(i ? scales.y : scales.x);
-    fragment<J, 0>(codes[i], even, odd, a[i][0]);
-    fragment<J, 1>(codes[i], even, odd, a[i][1]);
-  }
+  decode_block<J>(slice, a);
 #pragma unroll
   for (int j = 0; j < N / 8; j++) {
 #pragma unroll
@@ -68,11 +63,9 @@ DI void compute(const Args& p, const Projection& q, const Item& item, const u32*
     u32 tokens = stages + (chunk & 1) * STAGE + part * 128;
     const int end = min(q.steps, begin + CHUNK);
     for (int step = begin + part; step < end; step += SHARE) {
-      const u32 slice = ring.take();
-      const Codes codes[2] = {load_codes<0>(slice, lane), load_codes<1>(slice, lane)};
-      const Pair scales = load_scales(slice, n);
-      multiply_block<N, 0>(c, codes, scales, tokens + first);
-      multiply_block<N, 1>(c, codes, scales, tokens + second);
+      const Slice slice = load_slice(ring.take(), lane);
+      multiply_block<N, 0>(c, slice, tokens + first);
+      multiply_block<N, 1>(c, slice, tokens + second);
       tokens += SHARE * 128;
     }
   }

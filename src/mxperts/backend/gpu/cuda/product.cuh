@@ -103,3 +103,29 @@ DI void store_results(const Args& p, const Projection& q, const Item& item, int 
     if (8 * j + 2 * t + odd < count) *(Quad*)(to + (i64)(8 * j) * height) = all;
   }
 }
+
+// ---- weights -------------------------------------------------------------------------------------------------------
+
+// What a lane has of a slice.
+struct Slice {
+  Codes cell[2];
+  Pair scales;
+};
+
+DI Slice load_slice(u32 slice, int lane) {
+  Slice s;
+  s.cell[0] = load_codes<0>(slice, lane);
+  s.cell[1] = load_codes<1>(slice, lane);
+  s.scales = load_scales(slice, lane >> 2);
+  return s;
+}
+// Both cells' A for block J of the step.
+template <int J> DI void decode_block(const Slice& s, u32 (&a)[2][2][4]) {
+#pragma unroll
+  for (int cell = 0; cell < 2; cell++) {
+    const u32 scales = cell ? s.scales.y : s.scales.x;
+    const u32 even = scale_factors<0>(scales), odd = scale_factors<1>(scales);
+    fragment<J, 0>(s.cell[cell], even, odd, a[cell][0]);
+    fragment<J, 1>(s.cell[cell], even, odd, a[cell][1]);
+  }
+}

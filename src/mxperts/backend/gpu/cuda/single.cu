@@ -15,6 +15,54 @@ struct Args : Call {
   float* af; // [pairs, K2 * 64] the same before it is quantised with a row's scale; unused otherwise
 };
 
+// ---- products with one row -----------------------------------------------------------------------------------------
+
+// A cell's products with a lane's values 8 t .. 8 t + 7 of both blocks of one row, which are B.
+template <int J, int M> DI void multiply_part(float (&c)[4], const Codes& codes, u32 even, u32 odd, const Quad (&x)[PLANES][2]) {
+  u32 a[4];
+  fragment<J, M>(codes, even, odd, a);
+#pragma unroll
+  for (int i = 0; i < PLANES; i++) mma(c, a, M ? x[i][J].z : x[i][J].x, M ? x[i][J].w : x[i][J].y);
+}
+DI void multiply_cell(float (&c)[4], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
+  const u32 even = scale_factors<0>(scales), odd = scale_factors<1>(scales);
+  multiply_part<0, 0>(c, codes, even, odd, x);
+  multiply_part<0, 1>(c, codes, even, odd, x);
+  multiply_part<1, 0>(c, codes, even, odd, x);
+  multiply_part<1, 1>(c, codes, even, odd, x);
+}
+
+// For products with one row, sums of blocks are what scales are best applied to: they are fewer than weights. Of patterns as
+// they are, they need inputs times 2^OFFSET. float16 would round weights, which then are to have their scales.
+constexpr bool SCALE_SUMS = HIDDEN != 1;
+
+template <int BYTE> DI float scale_of_sum(u32 scales) {  // 2^(byte - 127); 0 for byte 0, which only zeros have
+  return __uint_as_float((BYTE == 0 ? scales << 23 : BYTE == 1 ? scales << 15 : BYTE == 2 ? scales << 7 : scales >> 1) & 0x7f800000u);
+}
+template <int J> DI void multiply_block_by_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
+  u32 a[4];
+  float c[4] = {};
+  patterns<J, 0>(codes, a);
+#pragma unroll
+  for (int i = 0; i < PLANES; i++) mma(c, a, x[i][J].x, x[i][J].y);
+  patterns<J, 1>(codes, a);
+#pragma unroll
+  for (int i = 0; i < PLANES; i++) mma(c, a, x[i][J].z, x[i][J].w);
+  sums[0] = fmaf(c[0], scale_of_sum<2 * J>(scales), sums[0]);
+  sums[1] = fmaf(c[2], scale_of_sum<2 * J + 1>(scales), sums[1]);
+}
+// A cell's products with a row, which all columns of B are; the sums of rows g and g + 8.
+DI void multiply_row(float (&sums)[2], const Codes& codes, u32 scales, const Quad (&x)[PLANES][2]) {
+  if constexpr (SCALE_SUMS) {
+    multiply_block_by_row<0>(sums, codes, scales, x);
+    multiply_block_by_row<1>(sums, codes, scales, x);
+  } else {
+    float c[4] = {sums[0], 0.f, sums[1], 0.f};
+    multiply_cell(c, codes, scales, x);
+    sums[0] = c[0], sums[1] = c[2];
+  }
+}
+
 // A warp's run of inputs, in shared memory [PLANES, slices, 64], and what sums of products with them are to be multiplied by.
 struct Inputs {
   u32 at, plane;  // bytes
@@ -88,6 +136,67 @@ template <int DEEP, typename W, typename Load, typename Use> DI void stream(W (&
     use_all(then, at + DEEP);
   }
 }
+
+// ---- quantising ----------------------------------------------------------------------------------------------------
+
+// An input of the first projection, before it is quantised.
+DI float input_of(const Call& p, i64 token, int i) {
+  float v = load_number(p.x, token * p.x_stride + i, HIDDEN);
+  return p.on_input ? round_to_hidden(v * load_number(p.routing, token, (int)p.routing_dtype)) : v;
+}
+
+// One value of a block of 32, quantised and back; a whole warp, one value a lane.
+DI float quantize_in_block(float x) {
+#if QDQ == 1
+  u32 amax = __reduce_max_sync(0xffffffffu, __float_as_uint(x) & 0x7fffffffu);
+  if (amax >= 0x7f800000u) return __uint_as_float(0x7fffffffu);
+  return SharedScale(amax).quantize(x);
+#else
+  return x;
+#endif
+}
+
+// A value of a row, split into bf16 numbers that add up to it, one for each plane of `stride` values.
+DI void store_planes(u16* to, i64 i, i64 stride, float x) {
+#pragma unroll
+  for (int p = 0; p < PLANES; p++) {
+    u32 part = to_bf16x2(x, 0.f) & 0xffffu;
+    to[p * stride + i] = (u16)part;
+    float rest = x - of_bf16(part);
+    x = p == 0 && !(fabsf(x) < __uint_as_float(0x7f800000u)) ? 0.f : rest;  // Inf and NaN are in the first
+  }
+}
+
+// Rows of values, quantised by whole warps: in blocks of 32, or with a scale.
+template <typename Read, typename Scale>
+DI void quantize_rows(i64 rows, int k, int width, u16* to, Read read, Scale scale_of, int worker, int workers, int lane) {
+  const int blocks = width / 32;
+  if (QDQ == 3) {
+    for (i64 row = worker; row < rows; row += workers) {
+      u32 most = 0;
+      for (int i = lane; i < k; i += 32) most = max(most, __float_as_uint(read(row, i)) & 0x7fffffffu);
+      most = __reduce_max_sync(0xffffffffu, most);
+      float scale = __fdiv_rn(__uint_as_float(most), 448.f);
+      if (scale == 0.f) scale = 1.f;
+      for (int i = lane; i < width; i += 32) {
+        float v = 0.f;
+        if (i < k) v = most >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : quantize_fp8(read(row, i), scale);
+        store_planes(to, row * width + i, rows * width, round_to_hidden(v));
+      }
+    }
+    return;
+  }
+  for (i64 block = worker; block < rows * blocks; block += workers) {
+    i64 row = block / blocks;
+    int i = (int)(block - row * blocks) * 32 + lane;
+    float v = i < k ? read(row, i) : 0.f;
+    if (QDQ == 1) v = quantize_in_block(v);
+    if (QDQ == 2) v = i < k ? quantize_fp8(v, scale_of(row)) : 0.f;
+    store_planes(to, row * width + i, rows * width, round_to_hidden(v));
+  }
+}
+
+// ---- the launches --------------------------------------------------------------------------------------------------
 
 constexpr int VALUES = GATED ? 16 : 32;                // intermediate values of a unit
 constexpr int UNITS = QDQ == 1 && GATED ? 2 : 1;       // of a block: as many as hold a block of 32 that is quantised
@@ -222,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(256) inputs(const __grid_constant__
   const i64 rows = QDQ == 2 && p.per_expert1 ? p.T * p.k : p.T;
   auto read = [&](i64 row, int i) { return input_of(p, QDQ == 2 && p.per_expert1 ? row / p.k : row, i); };
   auto scale = [&](i64 row) { return p.scale1[p.per_expert1 ? max(0, expert_of(p, row)) : 0]; };
-  quantize_rows(rows, (int)p.H, steps_of(p, false) * 64, p.xq, (float*)0, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5),
+  quantize_rows(rows, (int)p.H, steps_of(p, false) * 64, p.xq, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5),
                 gridDim.x * 8, threadIdx.x & 31);
 }
 
@@ -233,6 +342,6 @@ extern "C" __global__ void __launch_bounds__(256) middle(const __grid_constant__
   const int width = steps_of(p, true) * 64;
   auto read = [&](i64 row, int i) { return expert_of(p, row) < 0 ? 0.f : p.af[row * width + i]; };
   auto scale = [&](i64 row) { return 1.f; };
-  quantize_rows(p.T * p.k, (int)p.I, width, p.a, (float*)0, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5), gridDim.x * 8,
+  quantize_rows(p.T * p.k, (int)p.I, width, p.a, read, scale, blockIdx.x * 8 + (threadIdx.x >> 5), gridDim.x * 8,
                 threadIdx.x & 31);
 }

@@ -113,28 +113,6 @@ DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u3
   }
 }
 
-struct Slice {
-  Codes cell[2];
-  Pair scales;
-};
-
-DI Slice load_slice(u32 slice, int lane) {
-  Slice s;
-  s.cell[0] = load_codes<0>(slice, lane);
-  s.cell[1] = load_codes<1>(slice, lane);
-  s.scales = load_scales(slice, lane >> 2);
-  return s;
-}
-// Both cells' A for block J of the step.
-template <int J> DI void decode_block(const Slice& s, u32 (&a)[2][2][4]) {
-#pragma unroll
-  for (int cell = 0; cell < 2; cell++) {
-    const u32 scales = cell ? s.scales.y : s.scales.x;
-    const u32 even = scale_factors<0>(scales), odd = scale_factors<1>(scales);
-    fragment<J, 0>(s.cell[cell], even, odd, a[cell][0]);
-    fragment<J, 1>(s.cell[cell], even, odd, a[cell][1]);
-  }
-}
 template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const u32 (&a)[2][2][4], u64 tokens) {
 #pragma unroll
   for (int m = 0; m < 2; m++) {
