@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from mxperts.formats import format as lookup
 from mxperts.ops.dispatch import Problem, resolve
 from mxperts.ops.quantize import FLOAT_DTYPES
 from mxperts.tensor import MXTensor
+
+_T = TypeVar("_T")
 
 Weight = MXTensor | Tensor
 """A weight in an MX format, or a dense one of float32, bfloat16 or float16."""
@@ -48,6 +52,20 @@ class ExpertsLayout:
     def gate_up_rows(self) -> int:
         """Rows of ``gate_up_proj``."""
         return self.intermediate * (2 if self.gated else 1)
+
+    def projections(self, kind: Callable[..., _T]) -> tuple[_T, _T]:
+        """Both projections of packed experts as a backend's records, which ``kind`` makes of these keywords."""
+        assert self.weight is not None, "dense weights"
+        return (
+            kind(
+                format=self.weight,
+                rows=self.gate_up_rows,
+                k=self.hidden,
+                gated=self.gated,
+                interleaved=self.interleaved,
+            ),
+            kind(format=self.weight, rows=self.hidden, k=self.intermediate),
+        )
 
     def encode(self) -> str:
         """The record as one string, for operators whose arguments must be plain; ``decode`` reads it back."""

@@ -39,17 +39,7 @@ def unprepare(weights: Sequence[Tensor], layout: ExpertsLayout) -> list[Tensor]:
 @lru_cache
 def projections(layout: ExpertsLayout) -> tuple[Projection, Projection]:
     """The shapes of both projections."""
-    assert layout.weight is not None, "dense weights"
-    return (
-        Projection(
-            format=layout.weight,
-            rows=layout.gate_up_rows,
-            k=layout.hidden,
-            gated=layout.gated,
-            interleaved=layout.interleaved,
-        ),
-        Projection(format=layout.weight, rows=layout.hidden, k=layout.intermediate),
-    )
+    return layout.projections(Projection)
 
 
 def need_care(packed: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:

@@ -56,17 +56,7 @@ def are_tiles(weights: Sequence[Tensor]) -> bool:
 @lru_cache
 def projections(layout: ExpertsLayout) -> tuple[Tiles, Tiles]:
     """The shapes of both projections."""
-    assert layout.weight is not None, "dense weights"
-    return (
-        Tiles(
-            format=layout.weight,
-            rows=layout.gate_up_rows,
-            k=layout.hidden,
-            gated=layout.gated,
-            interleaved=layout.interleaved,
-        ),
-        Tiles(format=layout.weight, rows=layout.hidden, k=layout.intermediate),
-    )
+    return layout.projections(Tiles)
 
 
 def _fit(packed: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:

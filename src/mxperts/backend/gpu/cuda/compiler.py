@@ -39,6 +39,8 @@ def why_not() -> str | None:
 class Kernel:
     """One compiled kernel, for one set of macros, on one device.
 
+    From compute capability 9.0 on it may start while the kernel before it ends, for which it waits itself.
+
     Attributes:
         threads: of a block.
         shared_bytes: dynamic shared memory of a block.
@@ -52,8 +54,6 @@ class Kernel:
         *,
         threads: int,
         shared_bytes: int = 0,
-        cooperative: bool = False,
-        overlaps: bool = False,
         name: str | None = None,
     ) -> None:
         """Compile, or find compiled, and load.
@@ -63,9 +63,6 @@ class Kernel:
             macros: what to define.
             device: index.
             threads, shared_bytes: see above.
-            cooperative: whether blocks wait for each other.
-            overlaps: whether it may start while the kernel before it runs, for which it waits itself; only from compute
-                capability 9.0 on, and ignored below.
             name: of the function, if it is not that of the source.
         """
         from cuda.bindings import driver
@@ -84,15 +81,11 @@ class Kernel:
         self._config.gridDimZ = self._config.blockDimY = self._config.blockDimZ = 1
         self._config.blockDimX = threads
         self._config.sharedMemBytes = shared_bytes
-        attribute = driver.CUlaunchAttribute()
-        if cooperative:
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
-        elif overlaps and capability >= (9, 0):
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-        else:
+        if capability < (9, 0):
             return
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
         self._config.attrs = [attribute]
         self._config.numAttrs = 1
 

@@ -276,25 +276,25 @@ def _kernels(
     layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str, product: Product, device: int
 ) -> _Kernels:
     assert layout.weight is not None
-    properties: Any = torch.cuda.get_device_properties(device)
-    planes = hidden_macros(dtype, activation).planes
+    properties, planes = device_of(device), hidden_macros(dtype, activation).planes
+    coarse = product.is_wide and product.units == 8
     experts = -(-layout.experts // 64) * 64
     segments = 32 if experts <= 512 else 16
     macros = {
         **problem_macros(layout, dtype, activation, function),
         "WGMMA": str(int(product.is_wide)),
         "MOST_N": str(product.tile),
-        "STEP_N": "16" if product.is_wide and product.units == 8 else "8",
-        "LEAST_N": "64" if product.is_wide and product.units == 8 else "8",
+        "STEP_N": "16" if coarse else "8",
+        "LEAST_N": str(_FEWEST) if coarse else "8",
     }
 
     def kernel(name: str, threads: int, shared_bytes: int = 0, **more: int) -> Kernel:
         every = {**macros, **{k: str(v) for k, v in more.items()}}
-        return Kernel(name, every, device, threads=threads, shared_bytes=shared_bytes, overlaps=True)
+        return Kernel(name, every, device, threads=threads, shared_bytes=shared_bytes)
 
     slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
     if product.is_wide:
-        number, shared = stages(product, slice_bytes, planes, properties.shared_memory_per_block_optin)
+        number, shared = stages(product, slice_bytes, planes, properties.shared_bytes)
         products = [kernel("wide", 32 * (product.units + 4), shared, STAGES=number, UNITS=product.units)] * 2
     else:
         products = [
@@ -316,5 +316,5 @@ def _kernels(
         kernel("inputs", 128, SECOND=1),
         products,
         kernel("combine", 128),
-        properties.multi_processor_count * product.blocks,
+        properties.multiprocessors * product.blocks,
     )

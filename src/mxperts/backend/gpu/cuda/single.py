@@ -85,12 +85,13 @@ class _Kernels:
 
 
 def takes(call: ExpertsCall) -> bool:
-    """Whether a call has so few pairs that hardly two share an expert."""
+    """Whether a call has so few pairs that hardly two share an expert, and their inputs fit shared memory."""
     tokens, pairs = call.top_k_index.shape[0], call.top_k_index.numel()
     few = pairs <= MOST_PAIRS and pairs <= MOST_SHARING * active_experts(pairs, call.layout.experts)
+    if not (few or tokens == 1):
+        return False
     first, second = projections(call.layout)
-    room = max(shared_bytes(choose(call, second), call, first, second))
-    return (few or tokens == 1) and room <= MOST_SHARED_BYTES
+    return max(shared_bytes(choose(call, second), call, first, second)) <= MOST_SHARED_BYTES
 
 
 def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
@@ -140,7 +141,7 @@ def _kernels(
     }
 
     def kernel(name: str, threads: int, shared_bytes: int = 0) -> Kernel:
-        return Kernel("single", macros, device, threads=threads, shared_bytes=shared_bytes, overlaps=True, name=name)
+        return Kernel("single", macros, device, threads=threads, shared_bytes=shared_bytes, name=name)
 
     return _Kernels(
         inputs=kernel("inputs", 256),
