@@ -123,7 +123,7 @@ def test_exclude_and_layer_schemes(tmp_path: Path) -> None:
     assert found["model.layers.1.mlp.experts.0.up_proj"] == "w_mxfp6_e2m3_a_mxfp6_e2m3"
     assert found["model.layers.1.self_attn.o_proj"] == "w_mxfp4_a_mxfp4"
     config = result.config["quantization_config"]
-    assert list(config["layer_quant_config"]) == ["*layers.1.mlp.experts*"]
+    assert list(config["layer_quant_config"]) == ["model.layers.1.mlp.experts*"]
     unquantized = {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.self_attn.q_proj"}
     assert unquantized <= set(config["exclude"]) == set(summary.excluded)
 
