@@ -24,7 +24,7 @@ from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo
 from mxperts.checkpoint.stored import MXModule
 from mxperts.checkpoint.writer import check_absent
 from mxperts.errors import ArgumentError, CheckpointError
-from mxperts.formats import Scheme
+from mxperts.formats import FP8_STATIC, Scheme
 
 MAX_SHARD_SIZE = "5GB"
 """Largest file that is written, unless one step alone is larger; the Hugging Face hub's own choice."""
@@ -97,7 +97,7 @@ def convert_checkpoint(
         format: "quark", "compressed-tensors" or "gpt-oss".
         max_shard_size: largest file to write, in bytes or such as "5GB".
         progress: called with bytes of the source done and in total.
-        dry_run: only plan, read and write no tensor.
+        dry_run: only plan, and write nothing.
 
     Returns:
         What was done, or would be.
@@ -185,10 +185,12 @@ def _role(checkpoint: Checkpoint, info: TensorInfo, names: TensorNames) -> tuple
     module = info.name.removesuffix(".weight")
     if module != info.name and len(info.shape) == 2:
         return module, Role.WEIGHT
-    for suffix, role in ((names.input_scale, Role.INPUT_SCALE), (names.bias, Role.BIAS)):
-        module = info.name.removesuffix(suffix or "")
-        if module != info.name and (module in checkpoint.mx or split_expert(module) is not None):
-            return module, role
+    module = info.name.removesuffix(names.bias)
+    if module != info.name and (module in checkpoint.mx or split_expert(module) is not None):
+        return module, Role.BIAS
+    module = info.name.removesuffix(names.input_scale or "")
+    if module in checkpoint.mx and checkpoint.mx[module].scheme.activation == FP8_STATIC:
+        return module, Role.INPUT_SCALE
     return info.name, Role.OTHER
 
 
