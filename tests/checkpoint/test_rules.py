@@ -34,6 +34,12 @@ def test_few_and_exact() -> None:
     ]
 
 
+def test_an_output_layer_without_a_tensor_is_not_quantised() -> None:
+    named = [rule.pattern for rule in rules_of({"a.up_proj": A, "a.down_proj": NONE})]
+    assert named == ["a.down_proj", "lm_head", "*"]
+    assert [rule.pattern for rule in rules_of({"a.up_proj": A, "model.lm_head": A})] == ["*"]
+
+
 @pytest.mark.parametrize("default", [None, A, B, Scheme("w_mxfp8_e4m3")])
 @pytest.mark.parametrize("layout", [quark, compressed_tensors])
 def test_every_module_has_its_scheme_again(layout: object, default: Scheme | None) -> None:

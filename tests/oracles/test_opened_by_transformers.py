@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mxperts as mx
@@ -31,10 +31,11 @@ from safetensors.torch import save_file
 transformers.utils.logging.set_verbosity_error()
 for folder in sys.argv[1:]:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    model(torch.zeros(1, 2, dtype=torch.int64))
     print(json.dumps({key: sorted(map(str, value)) for key, value in info.items()}))
-    experts = {name: p.detach().contiguous() for name, p in model.named_parameters() if "experts" in name}
-    save_file(experts, folder + "/opened.st")
+    found = {name: p.detach().contiguous() for name, p in model.named_parameters() if "experts" in name}
+    with torch.no_grad():
+        found["logits"] = torch.nn.Module.float(model)(torch.arange(24).view(2, 12) % 32).logits
+    save_file(found, folder + "/opened.st")
 assert "mxperts" not in sys.modules
 """
 
@@ -52,7 +53,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("qwen3_moe-mxfp4_weight_only", "qwen3_moe-mxfp6_e2m3", "mixtral-mxfp4", "olmoe-mxfp4"):
         convert_checkpoint(FIXTURES / f"quark-{name}", work / name, "compressed-tensors")
     quantize_checkpoint(FIXTURES / "bf16-mixtral", work / "mixtral-quantized", "w_mxfp4", format="compressed-tensors")
-    folders = {p.name: p for p in sorted(work.iterdir()) if p.name not in ("gpt_oss-quark", "gpt_oss-ct")}
+    tie(FIXTURES / "quark-qwen3_moe-mxfp4_weight_only", work / "tied-quark")
+    convert_checkpoint(work / "tied-quark", work / "tied", "compressed-tensors")
+    folders = {p.name: p for p in sorted(work.iterdir()) if p.name not in ("gpt_oss-quark", "gpt_oss-ct", "tied-quark")}
     command = [sys.executable, "-c", OPEN, *map(str, folders.values())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -61,6 +64,17 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for folder, info in zip(folders, said, strict=True):
         assert not any(info.values()), (folder, info)
     return folders
+
+
+def tie(source: Path, folder: Path) -> None:
+    """The checkpoint of a model whose output layer shares the embedding's weight, which has no tensor of its own."""
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+    config["quantization_config"]["exclude"].remove("lm_head")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 CASES = [
@@ -72,7 +86,9 @@ CASES = [
     "olmoe-mxfp4",
     "qwen3_moe-mxfp4_weight_only",
     "qwen3_moe-mxfp6_e2m3",
+    "tied",
 ]
+WEIGHT_ONLY = [name for name in CASES if name.startswith("gpt_oss") or name in ("mixtral-quantized", "tied", CASES[-3])]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,9 +96,19 @@ def test_experts_are_decoded_to_the_same_values(opened: dict[str, Path], name: s
     assert sorted(opened) == CASES
     found = load_file(opened[name] / "opened.st")
     expected = decoded(Checkpoint.open(opened[name]))
-    assert expected.keys() == {key for key in found if not key.endswith("_bias")}
+    assert expected.keys() == {key for key in found if not key.endswith("_bias") and key != "logits"}
     for key, weight in expected.items():
         assert torch.equal(found[key], weight), key
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_logits_are_those_of_mxperts(opened: dict[str, Path], name: str) -> None:
+    """In float32, where they differ by the order of sums; Transformers does not quantise the inputs of experts."""
+    assert {module.scheme.activation for module in Checkpoint.open(opened[name]).mx.values()} == {None}
+    found = load_file(opened[name] / "opened.st")["logits"]
+    with torch.no_grad():
+        expected = mx.load(opened[name], dtype=torch.float32)(torch.arange(24).view(2, 12) % 32).logits
+    assert (found - expected).abs().max() <= 16 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 def decoded(checkpoint: Checkpoint) -> dict[str, Tensor]:

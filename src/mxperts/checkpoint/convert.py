@@ -122,7 +122,8 @@ def convert_checkpoint(
         pieces = regroup(pieces, target.names)
     pieces = [replace(p, module=respell(p.module, model_type, format)) for p in pieces]
     weights = {piece.module: piece.scheme for piece in pieces if _has_scheme(piece)}
-    config = _replace_config(checkpoint.config, target.write(rules_of(weights)))
+    left_alone = {respell(name, model_type, format): _NONE for name in _left_alone(checkpoint)}
+    config = _replace_config(checkpoint.config, target.write(rules_of(left_alone | weights)))
     shards = _shards([job(piece, target.names) for piece in pieces], max_shard_size)
     before, after = sizes(shards)
     settings = {"format": format, "shards": {shard: len(jobs) for shard, jobs in shards.items()}}
@@ -159,6 +160,14 @@ def _rules(checkpoint: Checkpoint) -> Iterator[Rule]:
     for piece in _pieces(checkpoint):
         if _has_scheme(piece) and piece.scheme == _NONE:
             yield Rule(pattern=piece.module, scheme=_NONE)
+
+
+def _left_alone(checkpoint: Checkpoint) -> Iterator[str]:
+    """Modules that the config leaves unquantised by name and that may have no tensor, such as tied ones."""
+    assert checkpoint.scheme is not None
+    for rule in checkpoint.scheme.rules:
+        if rule.is_name and rule.scheme == _NONE and split_expert(rule.pattern) is None:
+            yield rule.pattern
 
 
 def _has_scheme(piece: Piece) -> bool:

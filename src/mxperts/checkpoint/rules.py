@@ -12,6 +12,9 @@ from mxperts.errors import ArgumentError
 from mxperts.formats import Scheme
 
 _NONE = Scheme("none")
+_OUTPUT = "lm_head"
+"""The output layer, which has no tensor where it shares the embedding's; unless told, other software would quantise it.
+"""
 
 
 def rules_of(schemes: Mapping[str, Scheme], default: Scheme | None = None) -> list[Rule]:
@@ -22,11 +25,13 @@ def rules_of(schemes: Mapping[str, Scheme], default: Scheme | None = None) -> li
         default: what ``"*"`` is to have, if any module has it; otherwise it is what most of them have.
 
     Returns:
-        Unquantised modules by name; then those that have another scheme than the default, all experts of a layer at
-        once where they have the same; then ``"*"``. No two of the others speak of the same module, so that their order
-        is of no account, which layouts do not agree on.
+        Unquantised modules by name, the output layer too if it is not among ``schemes``; then those that have another
+        scheme than the default, all experts of a layer at once where they have the same; then ``"*"``. No two of the
+        others speak of the same module, so that their order is of no account, which layouts do not agree on.
     """
     counts = Counter(scheme for scheme in schemes.values() if scheme != _NONE)
+    if not any(module.rpartition(".")[2] == _OUTPUT for module in schemes):
+        schemes = {**schemes, _OUTPUT: _NONE}
     if default is None or default not in counts:
         default = counts.most_common(1)[0][0]
     experts: dict[str, set[Scheme]] = {}
