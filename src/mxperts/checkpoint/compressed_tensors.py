@@ -13,6 +13,7 @@ from typing import Any
 
 from mxperts.checkpoint.fields import Fields
 from mxperts.checkpoint.layout import ModelScheme, Rule, TensorNames
+from mxperts.checkpoint.names import ALTERNATING_ROWS
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import (
     FP8_DYNAMIC,
@@ -34,7 +35,7 @@ NAMES = TensorNames(
     codes_of={MXFP8_E4M3.name: ".weight"},
     input_scale=".input_scale",
     input_scale_shape=(1,),
-    alternating={"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)},
+    alternating=ALTERNATING_ROWS,
 )
 
 _FORMATS = {"mxfp4-pack-quantized": MXFP4, "mxfp6-pack-quantized": MXFP6_E2M3, "mxfp8-quantized": MXFP8_E4M3}

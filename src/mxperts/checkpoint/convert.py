@@ -12,7 +12,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from mxperts.checkpoint import compressed_tensors, gpt_oss, quark
-from mxperts.checkpoint.config import LAYOUTS, text_config
+from mxperts.checkpoint.config import LAYOUTS, layout_of, text_config
 from mxperts.checkpoint.inspect import EXPERTS, LINEARS, OTHER, kind_of
 from mxperts.checkpoint.layout import Rule, TensorNames
 from mxperts.checkpoint.names import ALTERNATING, respell, split_expert, split_fused
@@ -107,9 +107,7 @@ def convert_checkpoint(
             ``<dst>.partial`` was begun with other settings, or the disk is too small.
         ArgumentError: no such layout, or it cannot hold a module of ``src``; the message names it and says why.
     """
-    target = _TARGETS.get(format)
-    if target is None:
-        raise ArgumentError(f"unknown layout {format!r}; expected {', '.join(_TARGETS)}")
+    target = _TARGETS[layout_of(format).NAME]
     dst = Path(dst)
     check_absent(dst)
     checkpoint = Checkpoint.open(src)
@@ -166,7 +164,7 @@ def _left_alone(checkpoint: Checkpoint) -> Iterator[str]:
     """Modules that the config leaves unquantised by name and that may have no tensor, such as tied ones."""
     assert checkpoint.scheme is not None
     for rule in checkpoint.scheme.rules:
-        if rule.is_name and rule.scheme == _NONE and split_expert(rule.pattern) is None:
+        if rule.is_name and rule.scheme == _NONE and "experts" not in rule.pattern.split("."):
             yield rule.pattern
 
 

@@ -18,6 +18,9 @@ BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
 ALTERNATING = ("gpt_oss",)
 """Model types in whose experts the rows of gate and up alternate."""
 
+ALTERNATING_ROWS = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+"""Which rows of such a ``gate_up_proj`` are whose."""
+
 _SPELLED = {
     ("mixtral", "quark"): ("mlp", 0),
     ("mixtral", "compressed-tensors"): ("block_sparse_moe", 1),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mxperts.checkpoint.layout import TensorNames
-from mxperts.checkpoint.names import split_expert, split_fused
+from mxperts.checkpoint.names import ALTERNATING_ROWS, split_expert, split_fused
 from mxperts.checkpoint.rewrite import Job
 from mxperts.checkpoint.safetensors_file import DTYPES, Entry
 from mxperts.checkpoint.stored import codes_dtype
@@ -18,8 +18,7 @@ from mxperts.errors import CheckpointError
 from mxperts.formats import Scheme
 
 UNQUANTISED = Scheme("none")
-GATE, UP, GATE_UP = "gate_proj", "up_proj", "gate_up_proj"
-_ALTERNATING_ROWS = {GATE: slice(0, None, 2), UP: slice(1, None, 2)}
+GATE_UP = "gate_up_proj"
 
 
 class Role(enum.Enum):
@@ -126,7 +125,7 @@ def _merge(
 
 def _expert_of_gate_or_up(piece: Piece) -> Hashable | None:
     expert = split_expert(piece.module) if piece.role is not Role.OTHER else None
-    return (*expert[:2], piece.role) if expert is not None and expert[2] in (GATE, UP) else None
+    return (*expert[:2], piece.role) if expert is not None and expert[2] in ALTERNATING_ROWS else None
 
 
 def _projection_of_experts(piece: Piece) -> Hashable | None:
@@ -170,7 +169,7 @@ def _split(piece: Piece) -> Iterable[Piece]:
     if piece.role is Role.OTHER or expert is None or expert[2] != GATE_UP:
         yield piece
         return
-    for name, rows in _ALTERNATING_ROWS.items():
+    for name, rows in ALTERNATING_ROWS.items():
         part = slice(None) if piece.role is Role.INPUT_SCALE else rows
 
         def make(part: slice = part) -> Sequence[Tensor]:
@@ -181,7 +180,7 @@ def _split(piece: Piece) -> Iterable[Piece]:
             module=f"{expert[0]}.{expert[1]}.{name}",
             shapes=tuple((len(range(s[0])[part]), *s[1:]) if s else s for s in piece.shapes),
             make=make,
-            nbytes=piece.nbytes // len(_ALTERNATING_ROWS),
+            nbytes=piece.nbytes // len(ALTERNATING_ROWS),
         )
 
 
@@ -197,7 +196,7 @@ def _interleave(pieces: list[Piece]) -> Piece:
             + " and ".join(f"{p.module} {list(p.shapes[0])} {p.scheme}" for p in (gate, *rest))
         )
     if gate.role is not Role.INPUT_SCALE:
-        return _together([gate, *rest], module, lambda s: (2 * s[0], *s[1:]), list(_ALTERNATING_ROWS.values()))
+        return _together([gate, *rest], module, lambda s: (2 * s[0], *s[1:]), list(ALTERNATING_ROWS.values()))
     a, b = (float(piece.make()[0]) for piece in (gate, *rest))
     if a != b:
         raise CheckpointError(f"{module}: the inputs of gate and up have scales {a} and {b}; one tensor can have one")

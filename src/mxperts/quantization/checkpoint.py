@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxperts.checkpoint import Checkpoint, Rule, quark
-from mxperts.checkpoint.config import layout_of, text_config
+from mxperts.checkpoint import Checkpoint, quark
+from mxperts.checkpoint.config import layout_of
 from mxperts.checkpoint.fields import check_pattern
 from mxperts.checkpoint.rewrite import rewrite, sizes
-from mxperts.checkpoint.rules import check_expressible, rules_of
+from mxperts.checkpoint.rules import rules_of
 from mxperts.checkpoint.writer import check_absent
 from mxperts.errors import CheckpointError
 from mxperts.formats import MXFP4, BlockFormat, Role, ScaleRule, Scheme, recipe
@@ -109,10 +109,8 @@ def quantize_checkpoint(
         exclude=excluded_patterns(exclude),
         layer_schemes={pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()},
         numbers=numbers,
-        names=layout.NAMES,
+        format=format,
     )
-    modules = [Rule(pattern=module, scheme=s) for module, s in plan.schemes.items()]
-    check_expressible(format, modules, text_config(checkpoint.config).get("model_type"))
     rules = rules_of(plan.schemes, default=scheme)
     resumed, (before, after) = 0, sizes(plan.shards)
     if not dry_run:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mxperts.checkpoint import Checkpoint, Rule, TensorNames
+from mxperts.checkpoint.config import layout_of, text_config
 from mxperts.checkpoint.inspect import OTHER, kind_of
 from mxperts.checkpoint.pieces import Piece, Role, job, stack_experts
 from mxperts.checkpoint.rewrite import Job
+from mxperts.checkpoint.rules import check_expressible
 from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import FP8_STATIC, BlockFormat, Scheme
@@ -62,7 +64,7 @@ def make_plan(
     exclude: Sequence[str],
     layer_schemes: Mapping[str, Scheme],
     numbers: Numbers,
-    names: TensorNames,
+    format: str,
 ) -> Plan:
     """Decide on every tensor of a checkpoint.
 
@@ -72,13 +74,14 @@ def make_plan(
         exclude: patterns of layers that stay as they are.
         layer_schemes: schemes by pattern, the first match counts.
         numbers: how weights are quantised.
-        names: of the layout to be written.
+        format: the layout to be written.
 
     Raises:
-        ArgumentError: a pattern in ``layer_schemes`` matches nothing, nothing is left to quantise, or input scales are
-            missing.
+        ArgumentError: a pattern in ``layer_schemes`` matches nothing, nothing is left to quantise, input scales are
+            missing, or the layout cannot hold one of the layers.
         CheckpointError: a tensor cannot be quantised; the message says why.
     """
+    names = layout_of(format).NAMES
     found = leaves(checkpoint, names)
     excluded = [Rule(pattern=pattern, scheme=_NONE) for pattern in exclude]
     layers = [Rule(pattern=pattern, scheme=s) for pattern, s in layer_schemes.items()]
@@ -93,6 +96,8 @@ def make_plan(
             raise ArgumentError(f"{found_scheme} quantises no weights; a checkpoint cannot hold activations alone")
     if all(s == _NONE for s in schemes.values()):
         raise ArgumentError(f"nothing in {checkpoint.path} is left to quantise: exclude less")
+    wanted = [Rule(pattern=module, scheme=s) for module, s in schemes.items()]
+    check_expressible(format, wanted, text_config(checkpoint.config).get("model_type"))
     _check_input_scales(schemes, numbers.input_scales)
 
     split = _split_experts(found, schemes)
