@@ -26,9 +26,7 @@ NOT_READ = ("compressed_tensors-qwen3_moe-mxfp4xfp8", "llmcompressor-gpt_oss-mxf
 NO_WORDS = ("mxfp6_e3m2", "block32x32", "quark-qwen3_moe_2l-mxfp4-file-mixed_layers")
 """In compressed-tensors there are none for these."""
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "checkpoints"
-NAMES = sorted(
-    f.name for f in FIXTURES.iterdir() if f.is_dir() and not f.name.startswith("bf16") | (f.name in NOT_READ)
-)
+NAMES = sorted(f.parent.name for f in FIXTURES.glob("[!b]*/config.json") if f.parent.name not in NOT_READ)
 FROM_QUARK = [n for n in NAMES if n.startswith("quark") and not any(no in n for no in NO_WORDS)]
 FROM_CT = [n for n in NAMES if n.startswith(("llmcompressor", "compressed_tensors"))]
 FROM_GPT_OSS = [n for n in NAMES if n.startswith("gpt_oss")]
