@@ -8,7 +8,8 @@ import pytest
 
 from mxperts.backend.cpu.decode import Integers
 from mxperts.backend.cpu.paths import PATHS
-from mxperts.formats import BLOCK_FORMATS, PRESETS, BlockFormat, Encoding, Recipe, Role
+from mxperts.checkpoint import LAYOUTS, Rule
+from mxperts.formats import BLOCK_FORMATS, FP8_ACTIVATIONS, MXFP4, PRESETS, BlockFormat, Encoding, Recipe, Role, Scheme
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("formats.md", "numerics.md", "cpu.md", "gpu.md")
@@ -94,9 +95,26 @@ def paths_table() -> str:
     return table(["path", "needs", "takes", "how"], rows)
 
 
+def holding(scheme: Scheme) -> str:
+    """The layouts that can hold experts of a scheme."""
+    expert = Rule(pattern="model.layers.0.mlp.experts.0.up_proj", scheme=scheme)
+    return ", ".join(layout.NAME for layout in LAYOUTS.values() if layout.refuses(expert, "gpt_oss") is None)
+
+
+def layouts_table() -> str:
+    rows = [[f"`{f}`", holding(Scheme.of(f)), holding(Scheme.of(MXFP4, f))] for f in BLOCK_FORMATS]
+    rows += [[f"`{name}`", "", holding(Scheme.of(MXFP4, name))] for name in FP8_ACTIVATIONS]
+    return table(["format", "weights", "activations"], rows)
+
+
 @pytest.mark.parametrize(
     ("page", "expected"),
-    [("formats.md", formats_table()), ("numerics.md", presets_table()), ("cpu.md", paths_table())],
+    [
+        ("formats.md", formats_table()),
+        ("numerics.md", presets_table()),
+        ("cpu.md", paths_table()),
+        ("checkpoints.md", layouts_table()),
+    ],
 )
 def test_tables_are_what_the_code_says(page: str, expected: str) -> None:
     assert expected in read(page), f"docs/{page} should contain:\n{expected}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mxperts.checkpoint import gpt_oss, parse
+from mxperts.checkpoint import Rule, gpt_oss, parse
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import Scheme
 
@@ -47,6 +47,8 @@ def test_modules_to_not_convert(value: object) -> None:
 
 def test_write(quantization_config: Callable[[str], dict]) -> None:
     theirs = quantization_config("gpt_oss-gpt_oss-mxfp4")
-    assert gpt_oss.write(theirs["modules_to_not_convert"]) == theirs
-    with pytest.raises(ArgumentError, match="all experts"):
-        gpt_oss.write(["model.layers.1.mlp.experts"])
+    rules = [Rule(pattern=name.replace("*", "3"), scheme=Scheme("none")) for name in theirs["modules_to_not_convert"]]
+    assert gpt_oss.write([*rules, Rule(pattern="*", scheme=Scheme("w_mxfp4"))]) == theirs
+    for pattern, scheme in (("model.layers.1.mlp.experts", "none"), ("*", "w_mxfp4_a_mxfp4"), ("*", "w_mxfp6_e2m3")):
+        with pytest.raises(ArgumentError, match=f"cannot be {scheme}: in the gpt-oss layout experts are w_mxfp4"):
+            gpt_oss.write([Rule(pattern=pattern, scheme=Scheme(scheme))])

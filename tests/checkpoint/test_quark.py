@@ -10,7 +10,16 @@ import pytest
 
 from mxperts.checkpoint import Rule, is_mx, parse, quark
 from mxperts.errors import ArgumentError, CheckpointError
-from mxperts.formats import BLOCK_FORMATS, FP8_DYNAMIC, FP8_STATIC, MXFP4, ScaleRule, Scheme, all_schemes
+from mxperts.formats import (
+    BLOCK_FORMATS,
+    FP8_DYNAMIC,
+    FP8_STATIC,
+    MXFP4,
+    MXFP8_E4M3,
+    ScaleRule,
+    Scheme,
+    all_schemes,
+)
 
 PLAIN = "quark-qwen3_moe-mxfp4"
 EXPERT = "model.layers.0.mlp.experts.3.up_proj"
@@ -180,6 +189,29 @@ def test_the_scale_rule_of_weights_is_written() -> None:
         group = quark.write(rules, lambda fmt, rule=rule: rule)["global_quant_config"]
         assert group["weight"]["scale_calculation_mode"] == written
         assert group["input_tensors"]["scale_calculation_mode"] == "even"
+
+
+def test_mxfp8_as_quark_spells_it(quantization_config: Callable[[str], dict]) -> None:
+    theirs = quantization_config("quark-qwen3_moe-mxfp8_block1x32-file")["layer_quant_config"]
+    (expected, *_) = theirs.values()
+    for activation in (MXFP8_E4M3, FP8_STATIC, FP8_DYNAMIC, None):
+        rules = [Rule(pattern="*", scheme=Scheme.of(MXFP8_E4M3, activation))]
+        written = json.loads(json.dumps(quark.write(rules, per_block=True)))
+        found = parse(written)
+        assert found is not None
+        assert list(found.rules) == rules
+        group = written["global_quant_config"]
+        assert group["weight"].items() <= expected["weight"].items()
+        if activation == MXFP8_E4M3:
+            assert group["input_tensors"].items() <= expected["input_tensors"].items()
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w_mxfp4_a_mxfp8_e4m3", "w_mxfp8_e4m3_a_mxfp4", "w_mxfp8_e5m2", "w_mxfp6_e2m3_a_fp8"]
+)
+def test_per_block_is_for_mxfp8_alone(scheme: str) -> None:
+    rules = [Rule(pattern="*", scheme=Scheme(scheme))]
+    assert quark.write(rules, per_block=True) == quark.write(rules)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from mxperts.checkpoint import Checkpoint
-from mxperts.cli.quantize import Progress, quantize
+from mxperts.cli.progress import Progress
+from mxperts.cli.quantize import quantize
 
 SOURCE = Path(__file__).parent.parent / "fixtures" / "checkpoints" / "bf16-qwen3_moe"
 
@@ -37,6 +38,15 @@ def test_exclude_and_layer(runner: CliRunner, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj" in document["excluded"]
     schemes = {str(m.scheme) for m in Checkpoint.open(tmp_path / "dst").mx.values()}
     assert schemes == {"w_mxfp4_a_mxfp4", "w_mxfp6_e2m3_a_mxfp6_e2m3"}
+
+
+def test_other_layouts(runner: CliRunner, tmp_path: Path) -> None:
+    source = SOURCE.with_name("bf16-gpt_oss")
+    options = ["--format", "gpt-oss", "--scheme", "w4a16", "-o", "json"]
+    result = runner.invoke(app, [str(source), str(tmp_path / "dst"), *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["format"] == "gpt-oss"
+    assert "model.layers.0.mlp.experts.down_proj_blocks" in Checkpoint.open(tmp_path / "dst").names
 
 
 def test_dry_run_writes_nothing(runner: CliRunner, tmp_path: Path) -> None:
@@ -70,12 +80,3 @@ def test_a_source_that_is_not_there(runner: CliRunner, tmp_path: Path) -> None:
     result = runner.invoke(app, [str(tmp_path / "nothing"), str(tmp_path / "dst")])
     assert result.exit_code == 1
     assert "is no folder" in str(result.exception) + result.stderr
-
-
-def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = iter([0.0, 0.0, 1.0, 10.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    progress = Progress()
-    for done in (0, 10**9, 5 * 10**9):
-        progress(done, 10**10)
-    assert capsys.readouterr().err == "5.00 of 10.00 GB, about 10 s left\n"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mxperts as mx
-from mxperts.checkpoint import Checkpoint, quark, safetensors_file
+from mxperts.checkpoint import Checkpoint, convert_checkpoint, quark, safetensors_file
 from mxperts.errors import ArgumentError, CheckpointError, FormatError
 from mxperts.formats import BLOCK_FORMATS, Scheme
 from mxperts.quantization import Summary, quantize_checkpoint
@@ -123,7 +123,7 @@ def test_exclude_and_layer_schemes(tmp_path: Path) -> None:
     assert found["model.layers.1.mlp.experts.0.up_proj"] == "w_mxfp6_e2m3_a_mxfp6_e2m3"
     assert found["model.layers.1.self_attn.o_proj"] == "w_mxfp4_a_mxfp4"
     config = result.config["quantization_config"]
-    assert list(config["layer_quant_config"]) == ["*layers.1.mlp.experts*"]
+    assert list(config["layer_quant_config"]) == ["model.layers.1.mlp.experts*"]
     unquantized = {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.self_attn.q_proj"}
     assert unquantized <= set(config["exclude"]) == set(summary.excluded)
 
@@ -257,6 +257,81 @@ def test_progress(tmp_path: Path) -> None:
     quantize_checkpoint(sharded(tmp_path / "src"), tmp_path / "dst", "mxfp4", progress=lambda *c: calls.append(c))
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1][0] == calls[-1][1] == sum(v.numel() for v in stored(tmp_path / "src").values())
+
+
+# --- other layouts
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "format"),
+    [
+        ("qwen3_moe", "w_mxfp4_a_mxfp4", "compressed-tensors"),
+        ("qwen3_moe", "w_mxfp6_e2m3_a_fp8_dynamic", "compressed-tensors"),
+        ("qwen3_moe_2l", "w_mxfp8_e4m3", "compressed-tensors"),
+        ("mixtral", "w_mxfp4_a_mxfp6_e2m3", "compressed-tensors"),
+        ("gpt_oss", "w_mxfp4_a_mxfp4", "compressed-tensors"),
+        ("gpt_oss", "w_mxfp4", "gpt-oss"),
+    ],
+)
+def test_other_layouts_hold_what_a_conversion_gives(tmp_path: Path, model: str, scheme: str, format: str) -> None:
+    source = FIXTURES / f"bf16-{model}"
+    summary = quantize_checkpoint(source, tmp_path / "dst", scheme, format=format)
+    quantize_checkpoint(source, tmp_path / "quark", scheme)
+    convert_checkpoint(tmp_path / "quark", tmp_path / "converted", format)
+    ours, converted = stored(tmp_path / "dst"), stored(tmp_path / "converted")
+    assert ours.keys() == converted.keys()
+    for name, value in converted.items():
+        assert torch.equal(ours[name], value), name
+    a, b = (Checkpoint.open(tmp_path / f) for f in ("dst", "converted"))
+    assert {m.name: (m.scheme, m.codes.dtype) for m in a.mx.values()} == {
+        m.name: (m.scheme, m.codes.dtype) for m in b.mx.values()
+    }
+    assert a.config == b.config
+    assert sum(summary.bytes_after.values()) == sum(value.numel() for value in ours.values())
+    assert sum(summary.bytes_before.values()) == sum(value.numel() for value in stored(source).values())
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "theirs"),
+    [
+        ("gpt_oss", "w_mxfp4", "gpt_oss-gpt_oss-mxfp4"),
+        ("gpt_oss", "w_mxfp4_a_mxfp4", "llmcompressor-gpt_oss-mxfp4"),
+        ("mixtral", "w_mxfp4_a_mxfp4", "llmcompressor-mixtral-mxfp4-file"),
+        ("qwen3_moe", "w_mxfp8_e4m3_a_mxfp8_e4m3", "llmcompressor-qwen3_moe-mxfp8"),
+    ],
+)
+def test_names_and_shapes_of_other_layouts(tmp_path: Path, model: str, scheme: str, theirs: str) -> None:
+    format = "gpt-oss" if theirs.startswith("gpt_oss") else "compressed-tensors"
+    quantize_checkpoint(FIXTURES / f"bf16-{model}", tmp_path / "dst", scheme, format=format)
+    ours, expected = (Checkpoint.open(f).tensors for f in (tmp_path / "dst", FIXTURES / theirs))
+    assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {n: (t.dtype, t.shape) for n, t in expected.items()}
+
+
+def test_static_fp8_in_compressed_tensors(tmp_path: Path) -> None:
+    modules = [f"model.layers.0.mlp.experts.{e}.{p}_proj" for e in range(4) for p in ("gate", "up", "down")]
+    scales = dict.fromkeys(modules, 0.25)
+    quantize_checkpoint(QWEN, tmp_path / "dst", "w_mxfp4_a_fp8", format="compressed-tensors", input_scales=scales)
+    found = Checkpoint.open(tmp_path / "dst").tensor(f"{EXPERT}.input_scale")
+    assert (found.shape, found.dtype, found.item()) == ((1,), torch.float32, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "format", "exclude", "says"),
+    [
+        ("qwen3_moe", "w_mxfp6_e3m2", "compressed-tensors", None, "has no weights in mxfp6_e3m2"),
+        ("qwen3_moe", "w_mxfp4", "gpt-oss", None, "that of gpt_oss models and not of qwen3_moe"),
+        ("gpt_oss", "w_mxfp4_a_mxfp4", "gpt-oss", None, "no words for activation formats"),
+        ("gpt_oss", "w_mxfp4", "gpt-oss", ["lm_head"], "nothing else quantised"),
+        ("gpt_oss", "w_mxfp4", "gpt-oss", ["*self_attn*", "lm_head", "*experts.1.*"], r"experts\.1\.\w+ cannot"),
+        ("gpt_oss", "w_mxfp4", "gguf", None, "unknown layout 'gguf'"),
+    ],
+)
+def test_what_a_layout_cannot_hold(
+    tmp_path: Path, model: str, scheme: str, format: str, exclude: list[str] | None, says: str
+) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        quantize_checkpoint(FIXTURES / f"bf16-{model}", tmp_path / "dst", scheme, format=format, exclude=exclude)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- refusals

@@ -8,11 +8,12 @@ Source: compressed-tensors 0.20, ``quantization/quant_config.py``, ``compressors
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mxperts.checkpoint.fields import Fields
 from mxperts.checkpoint.layout import ModelScheme, Rule, TensorNames
+from mxperts.checkpoint.names import ALTERNATING_ROWS
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import (
     FP8_DYNAMIC,
@@ -22,6 +23,7 @@ from mxperts.formats import (
     MXFP8_E4M3,
     Activation,
     BlockFormat,
+    ScaleRule,
     Scheme,
 )
 
@@ -32,6 +34,8 @@ NAMES = TensorNames(
     scales=".weight_scale",
     codes_of={MXFP8_E4M3.name: ".weight"},
     input_scale=".input_scale",
+    input_scale_shape=(1,),
+    alternating=ALTERNATING_ROWS,
 )
 
 _FORMATS = {"mxfp4-pack-quantized": MXFP4, "mxfp6-pack-quantized": MXFP6_E2M3, "mxfp8-quantized": MXFP8_E4M3}
@@ -73,11 +77,27 @@ def parse(config: Mapping[str, Any]) -> ModelScheme:
     return ModelScheme(layout=NAME, names=NAMES, rules=tuple(rules), config=config)
 
 
-def write(rules: Sequence[Rule]) -> dict[str, Any]:
+def refuses(rule: Rule, model_type: str | None) -> str | None:
+    """Why this layout cannot hold a module, whose name is the rule's pattern; None if it can."""
+    weight, activation = rule.scheme.weight, rule.scheme.activation
+    if rule.scheme == Scheme("none"):
+        return None
+    known = ", ".join(str(fmt) for fmt in _FORMATS.values())
+    if weight not in _FORMATS.values():
+        return f"compressed-tensors has no weights in {weight}, only in {known}"
+    if isinstance(activation, BlockFormat) and activation not in _FORMATS.values():
+        return f"compressed-tensors has no activations in {activation}, only in {known} and fp8"
+    if rule.block_rows != 1:
+        return f"compressed-tensors has no scales that {rule.block_rows} rows share"
+    return None
+
+
+def write(rules: Sequence[Rule], scale_rule: Callable[[BlockFormat], ScaleRule] | None = None) -> dict[str, Any]:
     """The ``quantization_config`` for these rules.
 
     Args:
         rules: unquantised patterns first, then names and regular expressions, ``"*"`` last.
+        scale_rule: of no account; compressed-tensors has no word for it.
 
     Raises:
         ArgumentError: another order, or a scheme that compressed-tensors has no words for.
@@ -89,6 +109,9 @@ def write(rules: Sequence[Rule]) -> dict[str, Any]:
             "compressed-tensors' config takes unquantised patterns first and '*' last; "
             f"the rules are {[(rule.pattern, str(rule.scheme)) for rule in rules]}"
         )
+    for rule in quantised:
+        if why := refuses(rule, None):
+            raise ArgumentError(f"{rule.pattern!r} cannot be written: {why}")
     groups: dict[str, dict[str, Any]] = {}
     for scheme in dict.fromkeys(rule.scheme for rule in quantised):
         targets = [_target(rule.pattern) for rule in quantised if rule.scheme == scheme]
@@ -146,16 +169,15 @@ def _target(pattern: str) -> str:
         return "Linear"
     if Rule(pattern=pattern, scheme=Scheme("none")).is_name or pattern.startswith("re:"):
         return pattern
-    return "re:" + fnmatch.translate(pattern)
+    # Python 3.14 ends it with a word for the end of the text that older ones do not know
+    return "re:" + fnmatch.translate(pattern).replace(r"\z", r"\Z")
 
 
 def _write_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    format_name = next((name for name, fmt in _FORMATS.items() if fmt == scheme.weight), None)
-    if scheme.weight is None or format_name is None:
-        raise ArgumentError(f"compressed-tensors has no weights in {scheme.weight}; it has {', '.join(_FORMATS)}")
+    assert scheme.weight is not None
     return {
         "targets": targets,
-        "format": format_name,
+        "format": next(name for name, fmt in _FORMATS.items() if fmt == scheme.weight),
         "weights": _write_block(scheme.weight, dynamic=False),
         "input_activations": _write_activation(scheme.activation),
         "output_activations": None,
@@ -166,8 +188,6 @@ def _write_activation(activation: Activation) -> dict[str, Any] | None:
     if activation is None:
         return None
     if isinstance(activation, BlockFormat):
-        if activation not in _FORMATS.values():
-            raise ArgumentError(f"compressed-tensors has no activations in {activation}")
         return _write_block(activation, dynamic=True)
     token = activation == FP8_DYNAMIC
     strategy = "token" if token else "tensor"

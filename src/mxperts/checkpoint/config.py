@@ -8,10 +8,22 @@ from typing import Any
 
 from mxperts.checkpoint import compressed_tensors, gpt_oss, quark
 from mxperts.checkpoint.layout import ModelScheme
-from mxperts.errors import CheckpointError
+from mxperts.errors import ArgumentError, CheckpointError
 
 LAYOUTS: dict[str, ModuleType] = {layout.QUANT_METHOD: layout for layout in (quark, compressed_tensors, gpt_oss)}
 """The layouts by ``quant_method``."""
+
+
+def layout_of(name: str) -> ModuleType:
+    """A layout by its own name: "quark", "compressed-tensors" or "gpt-oss".
+
+    Raises:
+        ArgumentError: there is no such layout.
+    """
+    known: dict[str, ModuleType] = {layout.NAME: layout for layout in LAYOUTS.values()}
+    if name not in known:
+        raise ArgumentError(f"unknown layout {name!r}; expected {', '.join(known)}")
+    return known[name]
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -29,6 +41,12 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
                 raise CheckpointError(f"quantization_config must be an object, not {found!r}")
             return found
     return None
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a model's config says of its language model: itself, or its ``text_config``."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
 
 
 def is_mx(config: Mapping[str, Any]) -> bool:

@@ -20,15 +20,25 @@ class TensorNames:
         codes: suffix of the packed codes.
         scales: suffix of the E8M0 scales.
         codes_of: suffix of the codes in formats that have another, by the format's name.
+        scale_dtypes: dtype of the scales of formats whose scales are not U8, by the format's name.
         input_scale: suffix of the scale of a static fp8 activation; None where the layout has none.
-        blocked: whether codes have a dimension of blocks before that of a block's bytes.
+        input_scale_shape: its shape.
+        alternating: what becomes of an expert's ``gate_up_proj`` whose rows of gate and up alternate: the projections
+            that are stored, and the rows of each.
+        blocked: whether all experts are in one tensor, whose codes have a dimension of blocks before that of a block's
+            bytes.
+        bias: suffix of a bias that goes with codes.
     """
 
     codes: str
     scales: str
     codes_of: Mapping[str, str] = field(default_factory=dict)
+    scale_dtypes: Mapping[str, str] = field(default_factory=dict)
     input_scale: str | None = None
+    input_scale_shape: tuple[int, ...] = ()
+    alternating: Mapping[str, slice] = field(default_factory=lambda: {"gate_up_proj": slice(None)})
     blocked: bool = False
+    bias: str = ".bias"
 
     def codes_suffix(self, fmt: BlockFormat) -> str:
         """Suffix of the codes in one format."""

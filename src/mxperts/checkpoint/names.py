@@ -15,6 +15,21 @@ SPELLINGS = {
 BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
 """What the module that holds router and experts is called."""
 
+ALTERNATING = ("gpt_oss",)
+"""Model types in whose experts the rows of gate and up alternate."""
+
+ALTERNATING_ROWS = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+"""Which rows of such a ``gate_up_proj`` are whose."""
+
+_SPELLED = {
+    ("mixtral", "quark"): ("mlp", 0),
+    ("mixtral", "compressed-tensors"): ("block_sparse_moe", 1),
+}
+"""By model type and layout, where its software opens one spelling only: that of ``BLOCKS``, and which of ``SPELLINGS``.
+
+AMD Quark has the names of Transformers' modules, the others those of the published model.
+"""
+
 _PROJECTION = "|".join(sorted({s for spellings in SPELLINGS.values() for s in spellings}, key=len, reverse=True))
 _EXPERT = re.compile(rf"(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<projection>{_PROJECTION})$")
 _FUSED = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<projection>gate_up_proj|down_proj)$")
@@ -47,3 +62,15 @@ def spellings(module: str) -> list[str]:
         for place in (i for i, part in enumerate(parts) if part in BLOCKS):
             found += [".".join((*parts[:place], block, *parts[place + 1 :])) for block in BLOCKS]
     return list(dict.fromkeys(found))
+
+
+def respell(module: str, model_type: str | None, layout: str) -> str:
+    """A module's name as a layout's own software wants it; most models have but one spelling."""
+    if model_type is None or (model_type, layout) not in _SPELLED:
+        return module
+    block, choice = _SPELLED[model_type, layout]
+    if (expert := split_expert(module)) is not None:
+        experts, index, projection = expert
+        spelled = next(group for group in SPELLINGS.values() if projection in group)
+        module = f"{experts}.{index}.{spelled[min(choice, len(spelled) - 1)]}"
+    return ".".join(block if part in BLOCKS else part for part in module.split("."))

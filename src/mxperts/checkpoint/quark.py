@@ -9,6 +9,7 @@ Source: amd-quark 0.13, ``QConfig.to_dict`` and ``export``; vLLM 0.33, ``quantiz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mxperts.checkpoint.fields import Fields, check_pattern
@@ -32,6 +33,8 @@ from mxperts.formats import (
 NAME = "quark"
 QUANT_METHOD = "quark"
 NAMES = TensorNames(codes=".weight", scales=".weight_scale", input_scale=".input_scale")
+NAMES_PER_BLOCK = replace(NAMES, scale_dtypes={MXFP8_E4M3.name: "F8_E8M0"})
+"""With MXFP8 as Quark itself stores it."""
 
 _DTYPES = {
     "fp4": MXFP4,
@@ -88,12 +91,24 @@ def parse(config: Mapping[str, Any]) -> ModelScheme:
     return ModelScheme(layout=NAME, names=NAMES, rules=tuple(rules), config=config)
 
 
-def write(rules: Sequence[Rule], scale_rule: Callable[[BlockFormat], ScaleRule] | None = None) -> dict[str, Any]:
+def refuses(rule: Rule, model_type: str | None) -> str | None:
+    """Why this layout cannot hold a module, whose name is the rule's pattern; None if it can."""
+    return None if rule.block_rows == 1 else f"scales that {rule.block_rows} rows share are only read, not written"
+
+
+def write(
+    rules: Sequence[Rule],
+    scale_rule: Callable[[BlockFormat], ScaleRule] | None = None,
+    *,
+    per_block: bool = False,
+) -> dict[str, Any]:
     """Quark's ``quantization_config`` for these rules.
 
     Args:
         rules: unquantised patterns first, then layers, ``"*"`` last: the order of Quark's own precedence.
         scale_rule: by which weights in a format were quantised; ``even`` by default. Activations have ``even``.
+        per_block: describe MXFP8 in the words that Quark itself reads, ``per_block`` with blocks of one row, instead of
+            vLLM's, which are those of the other formats.
 
     Raises:
         ArgumentError: another order.
@@ -114,8 +129,8 @@ def write(rules: Sequence[Rule], scale_rule: Callable[[BlockFormat], ScaleRule] 
         "quant_method": QUANT_METHOD,
         "quant_mode": "eager_mode",
         "version": "0.13",
-        "global_quant_config": _write_group(rules[-1].scheme, scale_rule),
-        "layer_quant_config": {rule.pattern: _write_group(rule.scheme, scale_rule) for rule in layers},
+        "global_quant_config": _write_group(rules[-1].scheme, scale_rule, per_block),
+        "layer_quant_config": {rule.pattern: _write_group(rule.scheme, scale_rule, per_block) for rule in layers},
         "layer_type_quant_config": {},
         "exclude": exclude,
         "algo_config": None,
@@ -213,14 +228,19 @@ def _check_algorithms(top: Fields) -> None:
         Fields.of(f"{top.path}.algo_config[{index}]", algorithm).expect("name", *_WEIGHT_ONLY_ALGORITHMS)
 
 
-def _write_group(scheme: Scheme, scale_rule: Callable[[BlockFormat], ScaleRule] | None) -> dict[str, Any]:
-    weight = None
-    if scheme.weight is not None:
+def _write_group(
+    scheme: Scheme, scale_rule: Callable[[BlockFormat], ScaleRule] | None, per_block: bool
+) -> dict[str, Any]:
+    weight, inputs = None, _write_activation(scheme.activation)
+    if per_block and scheme.weight == MXFP8_E4M3 and scheme.activation in (None, FP8_STATIC, FP8_DYNAMIC, MXFP8_E4M3):
+        weight = _FP8_PER_BLOCK
+        inputs = _FP8_PER_GROUP if scheme.activation == MXFP8_E4M3 else inputs
+    elif scheme.weight is not None:
         rule = scale_rule(scheme.weight) if scale_rule else ScaleRule.EVEN
         weight = _write_block(scheme.weight, is_dynamic=False, rule=rule)
     return {
         "weight": weight,
-        "input_tensors": _write_activation(scheme.activation),
+        "input_tensors": inputs,
         "output_tensors": None,
         "bias": None,
         "target_device": None,
@@ -271,3 +291,17 @@ _SPEC: dict[str, Any] = {
     "is_scale_quant": False,
 }
 _FP8 = _SPEC | {"dtype": "fp8_e4m3", "symmetric": True}
+_FP8_PER_BLOCK = _FP8 | {
+    "is_dynamic": False,
+    "qscheme": "per_block",
+    "block_size": [1, MXFP8_E4M3.block_size],
+    "scale_type": _BLOCK_SCALE,
+    "observer_cls": "PerBlock2DMinMaxObserver",
+}
+_FP8_PER_GROUP = _FP8 | {
+    "is_dynamic": True,
+    "qscheme": "per_group",
+    "ch_axis": -1,
+    "group_size": MXFP8_E4M3.block_size,
+    "observer_cls": "PerGroupMinMaxObserver",
+}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxperts.checkpoint.layout import ModelScheme, Rule
 from mxperts.checkpoint.names import SPELLINGS, spellings, split_expert, split_fused
-from mxperts.checkpoint.safetensors_file import TensorInfo
+from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo
 from mxperts.errors import CheckpointError
 from mxperts.formats import FP8_STATIC, BlockFormat, Scheme
 from mxperts.tensor import MXTensor
@@ -23,6 +23,11 @@ _SCALES = ("U8", "F8_E8M0")
 _FLOATS = ("BF16", "F16", "F32")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What configs call the number of experts in a layer."""
+
+
+def codes_dtype(fmt: BlockFormat) -> torch.dtype:
+    """The dtype in which codes of a format are written."""
+    return DTYPES[_CODES.get(fmt.name, "U8")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 import mxperts
 from mxperts.cli.bench import bench
+from mxperts.cli.convert import convert
 from mxperts.cli.demo import demo
 from mxperts.cli.doctor import doctor
 from mxperts.cli.eval import evaluate
@@ -63,6 +64,7 @@ def _options(
 app.command(epilog='Example: mxperts generate --prompt "KING RICHARD." --scheme w4a16 --max-new-tokens 60')(generate)
 app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tokens 4096 --plot kl.png")(evaluate)
 app.command(epilog="Example: mxperts quantize path/to/model my-mxfp4 --scheme w_mxfp4_a_mxfp4")(quantize)
+app.command(epilog="Example: mxperts convert my-mxfp4 my-mxfp4-ct --format compressed-tensors")(convert)
 app.command(epilog="Example: mxperts inspect my-mxfp4 --deep")(inspect)
 app.add_typer(bench, name="bench")
 app.command(epilog="Example: mxperts demo --dir mxperts-demo")(demo)

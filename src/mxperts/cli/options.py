@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,15 @@ from mxperts.cli.output import Output
 
 SHIPPED = "shipped"
 """What a model argument calls the model that comes with mxperts."""
+
+
+class Layout(enum.StrEnum):
+    """The layouts of MX checkpoints, by ``NAME`` of the modules in ``mxperts.checkpoint``."""
+
+    QUARK = "quark"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    GPT_OSS = "gpt-oss"
+
 
 ModelArgument = Annotated[
     str | None,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mxperts.checkpoint.inspect import KINDS
-from mxperts.checkpoint.writer import partial_folder
-from mxperts.cli.options import OutputOption, resolve_model
-from mxperts.cli.output import Table, say, show
+from mxperts.cli.options import Layout, OutputOption, resolve_model
+from mxperts.cli.output import Table, show
+from mxperts.cli.progress import Progress, resumable
 from mxperts.quantization import quantize_checkpoint
-
-_EVERY = 2.0
-"""Seconds between two lines of progress."""
 
 
 def quantize(
@@ -27,6 +23,7 @@ def quantize(
     ],
     dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     scheme: Annotated[str, typer.Option(help="Weights and activations, e.g. w_mxfp4_a_mxfp4 or w4a16.")] = "w_mxfp4",
+    format: Annotated[Layout, typer.Option("--format", help="The layout to write.")] = Layout.QUARK,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,18 +45,17 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be written.")] = False,
     output: OutputOption = None,
 ) -> None:
-    """Quantise a checkpoint file by file into AMD Quark's layout, which vLLM reads too.
+    """Quantise a checkpoint file by file.
 
-    An interrupted run goes on where it was when the same command is given again.
+    AMD Quark's layout, which vLLM reads too, has words for every scheme; what another has none for is refused. An
+    interrupted run goes on where it was when the same command is given again.
     """
-    partial = partial_folder(dst)
-    if partial.exists() and not dry_run:
-        say(f"going on from {partial}, which an interrupted run left")
-    try:
+    with resumable(dst, dry_run=dry_run):
         summary = quantize_checkpoint(
             resolve_model(src),
             dst,
             scheme,
+            format=format.value,
             exclude=exclude or None,
             layer_schemes=dict(_layer(text) for text in layer or ()),
             preset=preset,
@@ -67,9 +63,6 @@ def quantize(
             progress=Progress(),
             dry_run=dry_run,
         )
-    except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from {partial}")
-        raise
     before, after = summary.bytes_before, summary.bytes_after
     records = [{"kind": kind, "bytes_before": before[kind], "bytes_after": after[kind]} for kind in KINDS]
     sizes = [(kind, before[kind], after[kind]) for kind in KINDS]
@@ -86,6 +79,7 @@ def quantize(
             "dst": str(dst),
             "dry_run": dry_run,
             "scheme": summary.scheme.name,
+            "format": format.value,
             "modules": summary.modules,
             "excluded": list(summary.excluded),
             "bytes_before": dict(before),
@@ -94,23 +88,6 @@ def quantize(
         },
         output=output,
     )
-
-
-class Progress:
-    """Says on stderr, now and then, how far the work is and how long the rest will take."""
-
-    def __init__(self) -> None:
-        self.start = self.said = time.monotonic()
-        self.begun_at: int | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.begun_at is None:
-            self.begun_at, self.start = done, now
-        if now - self.said >= _EVERY and done > self.begun_at:
-            self.said = now
-            left = (now - self.start) * (total - done) / (done - self.begun_at)
-            say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, about {left:.0f} s left")
 
 
 def _layer(text: str) -> tuple[str, str]:

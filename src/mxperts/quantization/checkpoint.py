@@ -1,22 +1,20 @@
-"""quantize_checkpoint: from a folder of bf16 safetensors to a folder in AMD Quark's layout, file by file."""
+"""quantize_checkpoint: from a folder of bf16 safetensors to a folder of an MX checkpoint, file by file."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from mxperts.checkpoint import Checkpoint, CheckpointWriter, quark
+from mxperts.checkpoint import Checkpoint, quark
+from mxperts.checkpoint.config import layout_of
 from mxperts.checkpoint.fields import check_pattern
-from mxperts.checkpoint.reader import CONFIG, PICKLES
+from mxperts.checkpoint.rewrite import rewrite, sizes
+from mxperts.checkpoint.rules import rules_of
 from mxperts.checkpoint.writer import check_absent
 from mxperts.errors import CheckpointError
 from mxperts.formats import MXFP4, BlockFormat, Role, ScaleRule, Scheme, recipe
-from mxperts.quantization.plan import Job, Numbers, Plan, make_plan
+from mxperts.quantization.plan import Numbers, make_plan
 
 DEFAULT_EXCLUDE = (
     r"re:(?!.*\.((gate|up|down|gate_up)_proj|w[123]|fc[12])$)",
@@ -28,9 +26,6 @@ DEFAULT_EXCLUDE = (
 
 ALWAYS_EXCLUDED = ("*embed*", "*.wte", "*.gate", "*router*", "*shared_expert_gate")
 """Embeddings, which are no linear layers, and routers, whose few values decide which experts run."""
-
-_NOT_CARRIED = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf")
-_LARGEST_CARRIED = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +56,7 @@ def quantize_checkpoint(
     dst: str | Path,
     scheme: Scheme | str,
     *,
+    format: str = quark.NAME,
     exclude: str | Sequence[str] | None = None,
     layer_schemes: Mapping[str, Scheme | str] | None = None,
     preset: str | None = None,
@@ -71,14 +67,15 @@ def quantize_checkpoint(
 ) -> Summary:
     """Quantise the weights of a checkpoint, without its model's code and with one tensor in memory at a time.
 
-    Experts that are stored in one tensor are split, as Quark does it. Tensors that are not quantised, tokenizer and
-    other small files are copied. ``<dst>.partial`` holds the work until all is there; an interrupted run goes on from
-    it.
+    Experts that are stored in one tensor are split, but not for the gpt-oss layout. Tensors that are not quantised,
+    tokenizer and other small files are copied. ``<dst>.partial`` holds the work until all is there; an interrupted run
+    goes on from it.
 
     Args:
         src: folder of an unquantised checkpoint in safetensors.
         dst: folder to write; must not exist.
         scheme: what the linear layers get, such as ``w_mxfp4_a_mxfp4``.
+        format: the layout: "quark", "compressed-tensors" or "gpt-oss".
         exclude: layers that stay as they are: names, globs or ``re:``. Default: all but the projections of MLPs and
             experts. Embeddings and routers are never quantised.
         layer_schemes: other schemes for some layers, by name, glob or ``re:``; the first match counts.
@@ -93,14 +90,15 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: ``src`` is damaged or already quantised, ``dst`` exists, ``<dst>.partial`` was begun with other
             settings, or the disk is too small.
-        ArgumentError: nothing would be quantised, a pattern of ``layer_schemes`` matches nothing, or static fp8
-            activations have no scales.
+        ArgumentError: nothing would be quantised, a pattern of ``layer_schemes`` matches nothing, static fp8
+            activations have no scales, there is no such layout, or it cannot hold one of the layers.
         FormatError: unknown scheme, preset or scale rule.
     """
     scheme = Scheme(scheme)
     dst = Path(dst)
     recipe(scheme.weight or MXFP4, Role.WEIGHT, preset=preset, scale_rule=scale_rule)  # complains about unknown names
     check_absent(dst)
+    layout = layout_of(format)
     checkpoint = Checkpoint.open(src)
     _check_unquantized(checkpoint)
     rule = scale_rule.value if isinstance(scale_rule, ScaleRule) else scale_rule
@@ -111,15 +109,28 @@ def quantize_checkpoint(
         exclude=excluded_patterns(exclude),
         layer_schemes={pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()},
         numbers=numbers,
+        format=format,
     )
-    resumed = 0 if dry_run else _run(checkpoint, dst, plan, numbers, progress or (lambda done, total: None))
+    rules = rules_of(plan.schemes, default=scheme)
+    resumed, (before, after) = 0, sizes(plan.shards)
+    if not dry_run:
+        config = dict(checkpoint.config) | {"quantization_config": layout.write(rules, _scale_rule(numbers))}
+        settings = {
+            "format": format,
+            "scheme": str(scheme),
+            "exclude or layer_schemes": [[rule.pattern, str(rule.scheme)] for rule in rules[:-1]],
+            "preset": numbers.preset,
+            "scale_rule": numbers.scale_rule,
+            "input_scales": dict(numbers.input_scales),
+        }
+        resumed = rewrite(checkpoint, dst, config, plan.shards, settings, progress)
     return Summary(
         dst=None if dry_run else dst,
         scheme=scheme,
         modules=plan.modules,
-        excluded=[rule.pattern for rule in plan.rules[:-1] if rule.scheme == Scheme("none")],
-        bytes_before=plan.bytes_before(),
-        bytes_after=plan.bytes_after(),
+        excluded=[rule.pattern for rule in rules if rule.scheme == Scheme("none")],
+        bytes_before=before,
+        bytes_after=after,
         resumed=resumed,
     )
 
@@ -147,67 +158,6 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _run(checkpoint: Checkpoint, dst: Path, plan: Plan, numbers: Numbers, progress: Callable[[int, int], None]) -> int:
-    def rule(fmt: BlockFormat) -> ScaleRule:
-        return recipe(fmt, Role.WEIGHT, preset=numbers.preset, scale_rule=numbers.scale_rule).scale_rule
-
-    config = dict(checkpoint.config) | {"quantization_config": quark.write(plan.rules, rule)}
-    writer = CheckpointWriter(dst, _settings(checkpoint, plan, numbers))
-    resumed = writer.finished
-    _check_space(writer, plan)
-    done, total = 0, sum(plan.bytes_before().values())
-
-    def tensors(jobs: Sequence[Job]) -> Iterator[Tensor]:
-        nonlocal done
-        for job in jobs:
-            yield from job.run(checkpoint, numbers)
-            done += job.nbytes
-            progress(done, total)
-
-    for shard, jobs in plan.shards.items():
-        if shard in resumed:
-            done += sum(job.nbytes for job in jobs)
-            progress(done, total)
-        else:
-            writer.write_shard(shard, [entry for job in jobs for entry in job.outputs], tensors(jobs))
-            checkpoint.close()  # or the mapped pages of all files would count as this process's memory
-    writer.finish(config, _carried(checkpoint.path))
-    return len(resumed)
-
-
-def _settings(checkpoint: Checkpoint, plan: Plan, numbers: Numbers) -> dict[str, Any]:
-    files = [checkpoint.path / CONFIG, *checkpoint.files]
-    stats = {file.name: file.stat() for file in files}
-    return {
-        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-        "scheme": str(plan.rules[-1].scheme),
-        "exclude or layer_schemes": [[rule.pattern, str(rule.scheme)] for rule in plan.rules[:-1]],
-        "preset": numbers.preset,
-        "scale_rule": numbers.scale_rule,
-        "input_scales": dict(numbers.input_scales),
-    }
-
-
-def _check_space(writer: CheckpointWriter, plan: Plan) -> None:
-    """So that a run does not fail after hours on what could be known before."""
-    left = [jobs for shard, jobs in plan.shards.items() if shard not in writer.finished]
-    needed = sum(entry.nbytes for jobs in left for job in jobs for entry in job.outputs)
-    free = shutil.disk_usage(writer.partial).free
-    if needed > free:
-        raise CheckpointError(
-            f"{writer.dst} still needs {needed / 1e6:.1f} MB, but the disk has {free / 1e6:.1f} MB free"
-        )
-
-
-def _carried(folder: Path) -> list[Path]:
-    """The tokenizer and what else is small and no weights."""
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and not file.name.startswith(".")
-        and file.name != CONFIG
-        and not file.name.endswith(".index.json")
-        and file.suffix not in _NOT_CARRIED
-        and file.stat().st_size <= _LARGEST_CARRIED
-    ]
+def _scale_rule(numbers: Numbers) -> Callable[[BlockFormat], ScaleRule]:
+    """By which rule weights in a format are scaled."""
+    return lambda fmt: recipe(fmt, Role.WEIGHT, preset=numbers.preset, scale_rule=numbers.scale_rule).scale_rule

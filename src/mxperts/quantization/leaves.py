@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from mxperts.checkpoint import Checkpoint
-from mxperts.checkpoint.names import split_fused
+from mxperts.checkpoint import Checkpoint, TensorNames
+from mxperts.checkpoint.config import text_config
+from mxperts.checkpoint.names import ALTERNATING, split_fused
 from mxperts.checkpoint.safetensors_file import TensorInfo
 from mxperts.errors import CheckpointError
 
 WEIGHT, BIAS = ".weight", ".bias"
-_INTERLEAVED = ("gpt_oss",)
-"""Model types whose rows of gate and up alternate, which Quark keeps in one ``gate_up_proj`` an expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,29 +35,35 @@ class Leaf:
     view: Callable[[Tensor], Tensor]
 
 
-def leaves(checkpoint: Checkpoint) -> dict[str, list[Leaf]]:
+def leaves(checkpoint: Checkpoint, names: TensorNames) -> dict[str, list[Leaf]]:
     """The linear layers in every tensor, by the tensor's name; none in norms, embeddings of other ranks and the like.
+
+    Args:
+        checkpoint: the checkpoint.
+        names: of the layout that is to be written, which says what an expert's gate and up are in it.
 
     Raises:
         CheckpointError: experts in one tensor have a shape that does not say how they lie in it.
     """
-    return {name: list(_leaves(checkpoint, info)) for name, info in checkpoint.tensors.items()}
+    return {name: list(_leaves(checkpoint, info, names)) for name, info in checkpoint.tensors.items()}
 
 
-def _leaves(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[Leaf]:
+def _leaves(checkpoint: Checkpoint, info: TensorInfo, names: TensorNames) -> Iterator[Leaf]:
     module = info.name.removesuffix(WEIGHT)
     if module != info.name and len(info.shape) == 2:
         yield Leaf(module=module, part=WEIGHT, source=info, shape=info.shape, view=lambda t: t)
     elif (weight := split_fused(info.name)) is not None and len(info.shape) == 3:
-        yield from _fused_weights(checkpoint, info, *weight)
+        yield from _fused_weights(checkpoint, info, names, *weight)
     elif (bias := split_fused(info.name.removesuffix("_bias"))) is not None and len(info.shape) == 2:
-        yield from _fused_biases(checkpoint, info, *bias)
+        yield from _fused_biases(checkpoint, info, names, *bias)
 
 
-def _fused_weights(checkpoint: Checkpoint, info: TensorInfo, experts: str, projection: str) -> Iterator[Leaf]:
+def _fused_weights(
+    checkpoint: Checkpoint, info: TensorInfo, names: TensorNames, experts: str, projection: str
+) -> Iterator[Leaf]:
     transposed = _is_transposed(checkpoint, experts)
     count, n, k = info.shape if not transposed else (info.shape[0], info.shape[2], info.shape[1])
-    for name, rows in _parts(checkpoint.config, projection, n).items():
+    for name, rows in _parts(checkpoint, names, projection, n).items():
         for e in range(count):
 
             def view(t: Tensor, e: int = e, rows: slice = rows) -> Tensor:
@@ -69,9 +73,11 @@ def _fused_weights(checkpoint: Checkpoint, info: TensorInfo, experts: str, proje
             yield Leaf(module=f"{experts}.{e}.{name}", part=WEIGHT, source=info, shape=shape, view=view)
 
 
-def _fused_biases(checkpoint: Checkpoint, info: TensorInfo, experts: str, projection: str) -> Iterator[Leaf]:
+def _fused_biases(
+    checkpoint: Checkpoint, info: TensorInfo, names: TensorNames, experts: str, projection: str
+) -> Iterator[Leaf]:
     count, n = info.shape
-    for name, rows in _parts(checkpoint.config, projection, n).items():
+    for name, rows in _parts(checkpoint, names, projection, n).items():
         for e in range(count):
 
             def view(t: Tensor, e: int = e, rows: slice = rows) -> Tensor:
@@ -81,16 +87,18 @@ def _fused_biases(checkpoint: Checkpoint, info: TensorInfo, experts: str, projec
             yield Leaf(module=f"{experts}.{e}.{name}", part=BIAS, source=info, shape=shape, view=view)
 
 
-def _parts(config: Mapping[str, Any], projection: str, rows: int) -> dict[str, slice]:
+def _parts(checkpoint: Checkpoint, names: TensorNames, projection: str, rows: int) -> Mapping[str, slice]:
     """The linear layers that an expert's fused projection is split into, and their rows."""
-    if projection != "gate_up_proj" or _text_config(config).get("model_type") in _INTERLEAVED:
+    if projection != "gate_up_proj":
         return {projection: slice(rows)}
+    if text_config(checkpoint.config).get("model_type") in ALTERNATING:
+        return names.alternating
     return {"gate_proj": slice(rows // 2), "up_proj": slice(rows // 2, rows)}
 
 
 def _is_transposed(checkpoint: Checkpoint, experts: str) -> bool:
     """Whether experts are stored [E, in, out]: the hidden size says so, and that gate and up are two of the down's."""
-    hidden = _text_config(checkpoint.config).get("hidden_size")
+    hidden = text_config(checkpoint.config).get("hidden_size")
     found = [checkpoint.tensors.get(f"{experts}.{p}") for p in ("gate_up_proj", "down_proj")]
     if all(info is not None and len(info.shape) == 3 for info in found):
         (_, a, b), (_, c, d) = (info.shape for info in found if info is not None)
@@ -102,8 +110,3 @@ def _is_transposed(checkpoint: Checkpoint, experts: str) -> bool:
         f"{experts}: gate_up_proj is {found[0]} and down_proj {found[1]}; expected [E, 2I, H] and [E, H, I], or "
         f"[E, H, 2I] and [E, I, H], with hidden_size H = {hidden}"
     )
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, Mapping) else config

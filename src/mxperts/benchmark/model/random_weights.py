@@ -157,7 +157,8 @@ def _random(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -
 
 def _quantization(architecture: Architecture, scheme: Scheme) -> dict[str, Any]:
     if architecture.fused:
-        return gpt_oss.write(["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"])
+        names = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+        return gpt_oss.write([Rule(pattern=name, scheme=Scheme("none")) for name in names])
     excluded = [Rule(pattern=p, scheme=Scheme("none")) for p in NOT_EXPERTS]
     return quark.write([*excluded, Rule(pattern="*", scheme=scheme)])
 
