@@ -1,17 +1,17 @@
-"""vLLM with the plugin, in a child process for each model; what its experts were called with; and the same model by
-``mx.load``.
+"""vLLM with the plugin, in a process of its own for each model, and what it did there beside what it should have done.
 
-A child is forked after vLLM is imported, which takes ten seconds; the parent runs no kernel, whose threads a fork would
-not take along.
+Processes are forked after vLLM is imported, which takes ten seconds. In the parent no kernel may run, since a fork does
+not take its threads along.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,21 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions of this file are sent to vLLM's workers
 }
 PROMPTS = ([5, 9, 17, 30, 2, 11, 28], [3, 30, 31, 22, 23, 17, 9, 5, 4, 13, 21, 7])
 NEW_TOKENS = 6
 
 
-def in_child(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a function returns in a process of its own; its error, as text, is raised here."""
+def in_child(function: Callable[..., Any], *args: Any, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
+    """What a function returns in a process of its own, with these environment variables; its error is raised here."""
+    os.environ.update(SETTINGS)
     import vllm.entrypoints.llm
     import vllm.v1.engine.llm_engine  # noqa: F401
 
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(sender, function, args, kwargs))
+    child = context.Process(target=_child, args=(sender, env or {}, function, args, kwargs))
     child.start()
     sender.close()
     try:
@@ -45,8 +47,8 @@ def in_child(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return value
 
 
-def _child(sender: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    os.environ.update(SETTINGS)
+def _child(sender: Any, env: dict[str, str], function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    os.environ.update(env)
     try:
         answer = (True, function(*args, **kwargs))
     except BaseException:
@@ -57,103 +59,151 @@ def _child(sender: Any, function: Callable[..., Any], args: Any, kwargs: Any) ->
 
 
 @dataclass
+class Checked:
+    """What one worker's experts did.
+
+    Attributes:
+        schemes, backends: of all layers.
+        calls: how many calls of layers were compared.
+        wrong: what was not as it should be.
+        deviation: of all calls from the reference's results, relative to the largest number of a call.
+        packed_bytes, parameter_bytes: of the prepared weights; of what the layers' own parameters still hold.
+    """
+
+    schemes: set[str] = field(default_factory=set)
+    backends: set[str] = field(default_factory=set)
+    calls: int = 0
+    wrong: list[str] = field(default_factory=list)
+    deviation: float = 0.0
+    packed_bytes: int = 0
+    parameter_bytes: int = 0
+
+
+@dataclass
 class Run:
     """What a run of vLLM gave.
 
     Attributes:
-        tokens, logprobs: of each prompt: the new tokens, and the log-probabilities of all tokens at each of them.
-        schemes: of the experts.
-        calls, wrong: how many calls of layers were compared, and what was different.
-        deviation: the largest relative deviation of a layer from the reference, by the largest number in it.
-        packed_bytes, parameter_bytes: of all experts' prepared weights; of what the layers' parameters still hold.
+        tokens, logprobs: of each prompt: the new tokens; the log-probabilities of all tokens at each of them.
+        workers: what was checked in each worker.
     """
 
     tokens: list[list[int]]
-    logprobs: list[Any]
-    schemes: set[str]
-    calls: int
-    wrong: list[str]
-    deviation: float
-    packed_bytes: int
-    parameter_bytes: int
+    logprobs: list[list[list[float]]]
+    workers: list[Checked]
 
 
-def run(path: Path, *, backend: str | None = None, compare: bool = True, **settings: Any) -> Run:
-    """Generate with vLLM, and compare every call of its experts with ``mx.fused_experts`` on the checkpoint's weights.
+def run(path: Path, *, backend: str | None = None, like: Path | None = None, **settings: Any) -> Run:
+    """Generate with vLLM; compare every call of its experts, bit for bit, with the public ``mx.fused_experts``.
 
     Args:
         path: a checkpoint.
         backend: what ``additional_config`` names.
-        compare: whether the weights are to be those that ``mx.load`` gives.
+        like: a checkpoint whose experts, as ``mx.load`` reads them, vLLM's must have, bit for bit.
         settings: of ``vllm.LLM``.
     """
-    import torch
     from vllm import LLM, SamplingParams
 
-    from mxperts.ops import experts as ops
-
-    recorded: list[tuple[Any, torch.Tensor]] = []
-    execute = ops._execute
-
-    def recording(call: Any, out: torch.Tensor, name: str) -> None:
-        execute(call, out, name)
-        recorded.append((call, out.clone(), call.hidden_states.clone(), call.top_k_index.clone(), call.top_k_weights.clone()))
-
-    ops._execute = recording
+    vocabulary = int(json.loads((path / "config.json").read_text())["vocab_size"])
     if backend is not None:
         settings["additional_config"] = {"mxperts": {"backend": backend}}
-    settings = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 4} | settings
-    vocabulary = _vocabulary(path)
+    if "tensor_parallel_size" not in settings:
+        settings["distributed_executor_backend"] = "uni"
     llm = LLM(
         model=str(path),
-        seed=0,
-        max_logprobs=vocabulary,
         skip_tokenizer_init=True,
-        distributed_executor_backend="uni",
-        **settings,
+        max_logprobs=vocabulary,
+        **{"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 4, "seed": 0} | settings,
     )
-    layers = llm.apply_model(experts_of)[0]
-    recorded.clear()  # vLLM's own trial runs
+    llm.apply_model(start_recording)
     answers = llm.generate(
         [{"prompt_token_ids": p} for p in PROMPTS],
         SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=vocabulary, detokenize=False),
         use_tqdm=False,
     )
-    ops._execute = execute
-    weights = {key: experts.prepared.unprepare() for key, experts in layers.items()}
-    wrong = compare_weights(path, list(weights.values())) if compare else []
-    deviation = 0.0
-    by_tensor = {id(e.prepared.weights[0]): key for key, e in layers.items()}
-    for call, out, *inputs in recorded:
-        key = next(k for k, e in layers.items() if e.prepared.weights[0].data_ptr() == call.weights[0].data_ptr())
-        again = by_hand(call, inputs, weights[key], layers[key].prepared.backend)
-        if not torch.equal(again.view(torch.int16), out.view(torch.int16)):
-            wrong.append(f"{key}: {(again != out).sum()} of {out.numel()} differ from mx.fused_experts")
-        reference = by_hand(call, inputs, weights[key], "reference")
-        deviation = max(deviation, float((reference.double() - out.double()).abs().max() / reference.abs().max()))
-    parameters = [p for n in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale") for m in llm.apply_model(modules_of)[0] for p in [getattr(m, n)]]
     return Run(
         tokens=[list(a.outputs[0].token_ids) for a in answers],
         logprobs=[[[row[i].logprob for i in range(vocabulary)] for row in a.outputs[0].logprobs] for a in answers],
-        schemes={e.scheme.name for e in layers.values()},
-        calls=len(recorded),
-        wrong=wrong,
-        deviation=deviation,
-        packed_bytes=sum(e.prepared.nbytes for e in layers.values()),
-        parameter_bytes=sum(0 if p.is_meta else p.nbytes for p in parameters),
+        workers=llm.apply_model(Check(like)),
     )
 
 
-def by_hand(call: Any, inputs: Any, weights: Any, backend: str) -> Any:
+_recorded: list[tuple[Any, Any, list[Any]]] = []
+"""Calls of layers: the call, its result, and copies of hidden states, ids and router weights."""
+
+
+def start_recording(model: Any) -> None:
+    """In a worker: keep what is computed from here on, behind the operator, where compiled code comes along too."""
+    from mxperts.ops import experts
+
+    execute = experts._execute
+
+    def recording(call: Any, out: Any, backend: str) -> None:
+        given = [t.clone() for t in (call.hidden_states, call.top_k_index, call.top_k_weights)]
+        execute(call, out, backend)
+        _recorded.append((call, out.clone(), given))
+
+    experts._execute = recording
+
+
+@dataclass
+class Check:
+    """In a worker: compare what was recorded, and the weights.
+
+    Attributes:
+        like: as in ``run``.
+    """
+
+    like: Path | None
+
+    def __call__(self, model: Any) -> Checked:
+        import torch
+
+        layers = expert_layers(model)
+        ours = {name: layer.quant_method.moe_kernel.fused_experts for name, layer in layers.items()}
+        weights = {name: experts.prepared.unprepare() for name, experts in ours.items()}
+        recorded, found = list(_recorded), Checked(calls=len(_recorded))
+        for name, layer in layers.items():
+            found.schemes.add(ours[name].scheme.name)
+            found.backends.add(ours[name].prepared.backend)
+            found.packed_bytes += ours[name].prepared.nbytes
+            for parameter in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
+                tensor = getattr(layer, parameter)
+                found.parameter_bytes += 0 if tensor.is_meta else tensor.nbytes
+        if self.like is not None:
+            found.wrong += different_weights(self.like, list(weights.values()))
+        for call, out, given in recorded:
+            at = call.weights[0].data_ptr()
+            name = next(n for n, e in ours.items() if e.prepared.weights[0].data_ptr() == at)
+            again = by_hand(call, given, weights[name], ours[name].prepared.backend)
+            if not torch.equal(again.view(torch.int16), out.view(torch.int16)):
+                found.wrong.append(f"{name}: {int((again != out).sum())} of {out.numel()} are not mx.fused_experts'")
+            reference = by_hand(call, given, weights[name], "reference").double()
+            deviation = (reference - out).abs().max() / reference.abs().max().clamp(min=1e-30)
+            found.deviation = max(found.deviation, float(deviation))
+        return found
+
+
+def expert_layers(model: Any) -> dict[str, Any]:
+    """vLLM's layers that our experts run, by name."""
+    from mxperts.integrations.vllm.experts import MXExperts
+
+    def runs_ours(module: Any) -> bool:
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        return kernel is not None and isinstance(kernel.fused_experts, MXExperts)
+
+    return {name: module for name, module in model.named_modules() if runs_ours(module)}
+
+
+def by_hand(call: Any, given: list[Any], weights: Any, backend: str) -> Any:
     """A recorded call, made through the public function."""
     import mxperts as mx
 
     function = call.activation
     return mx.fused_experts(
-        inputs[0],
+        given[0],
         *weights,
-        inputs[1],
-        inputs[2],
+        *given[1:],
         activation=function.name,
         activation_format=call.activation_format,
         gate_up_bias=call.gate_up_bias,
@@ -169,25 +219,8 @@ def by_hand(call: Any, inputs: Any, weights: Any, backend: str) -> Any:
     )
 
 
-def modules_of(model: Any) -> list[Any]:
-    """vLLM's expert layers that mxperts runs."""
-    from mxperts.integrations.vllm.experts import MXExperts
-
-    found = []
-    for module in model.modules():
-        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-        if kernel is not None and isinstance(kernel.fused_experts, MXExperts):
-            found.append(module)
-    return found
-
-
-def experts_of(model: Any) -> dict[str, Any]:
-    """Our experts by the name of their layer."""
-    return {m.layer_name: m.quant_method.moe_kernel.fused_experts for m in modules_of(model)}
-
-
-def compare_weights(path: Path, weights: list[Any]) -> list[str]:
-    """What is different between vLLM's weights and the checkpoint's as ``mx.load`` reads them, layer by layer."""
+def different_weights(path: Path, weights: list[Any]) -> list[str]:
+    """What is different between weights and those of a checkpoint, layer by layer."""
     import torch
 
     import mxperts as mx
@@ -197,21 +230,21 @@ def compare_weights(path: Path, weights: list[Any]) -> list[str]:
     expected = [(mx_weight(m, m.mxperts.up), mx_weight(m, m.mxperts.down)) for _, m in mx_experts(model)]
     if len(expected) != len(weights):
         return [f"{len(weights)} layers, and mx.load finds {len(expected)}"]
-    wrong = []
-    for i, (ours, theirs) in enumerate(zip(weights, expected, strict=True)):
-        for name, a, b in zip(("gate_up_proj", "down_proj"), ours, theirs, strict=True):
-            if not (torch.equal(a.packed, b.packed) and torch.equal(a.scales, b.scales)):
-                wrong.append(f"layer {i}: {name} is not the checkpoint's")
-    return wrong
+    return [
+        f"layer {i}: {name} is not the checkpoint's"
+        for i, pair in enumerate(zip(weights, expected, strict=True))
+        for name, a, b in zip(("gate_up_proj", "down_proj"), *pair, strict=True)
+        if not (torch.equal(a.packed, b.packed) and torch.equal(a.scales, b.scales))
+    ]
 
 
-def logprobs_by_transformers(path: Path, tokens: list[list[int]], attention: str, backend: str = "auto") -> list[Any]:
-    """The log-probabilities that the same checkpoint has in Transformers, for the tokens that vLLM chose."""
+def by_transformers(path: Path, tokens: list[list[int]], attention: str) -> list[list[list[float]]]:
+    """The log-probabilities of the same checkpoint in Transformers, after the tokens that vLLM chose."""
     import torch
 
     import mxperts as mx
 
-    model = mx.load(path, backend=backend, dtype=torch.bfloat16, attn_implementation=attention)
+    model: Any = mx.load(path, dtype=torch.bfloat16, attn_implementation=attention)
     found = []
     for prompt, new in zip(PROMPTS, tokens, strict=True):
         with torch.inference_mode():
@@ -220,7 +253,10 @@ def logprobs_by_transformers(path: Path, tokens: list[list[int]], attention: str
     return found
 
 
-def _vocabulary(path: Path) -> int:
-    import json
+def distance(a: list[list[list[float]]], b: list[list[list[float]]]) -> float:
+    """The mean distance of log-probabilities."""
+    import torch
 
-    return int(json.loads((path / "config.json").read_text())["vocab_size"])
+    return float(
+        torch.cat([(torch.tensor(x) - torch.tensor(y)).abs().flatten() for x, y in zip(a, b, strict=True)]).mean()
+    )

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mxperts as mx
 from mxperts import models
+from mxperts.formats import FP8_STATIC
 from mxperts.quantization import quantize_checkpoint
 
 COMMON = {
@@ -42,7 +44,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{"intermediate_size": 96, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2},
             **{"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
-            **{"q_lora_rank": 32, "kv_lora_rank": 32},
+            **{"topk_method": "noaux_tc", "q_lora_rank": 32, "kv_lora_rank": 32},
             **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64},
         },
     ),
@@ -76,26 +78,16 @@ def random_model(name: str, folder: Path) -> Path:
 
 def quantized(scheme: str, folder: Path, *, source: Path | None = None, exclude: list[str] | None = None) -> Path:
     """A checkpoint in AMD Quark's layout; by default of the model that comes with mxperts."""
-    quantize_checkpoint(source or models.shipped(), folder, scheme, exclude=exclude)
+    source = source or models.shipped()
+    static = mx.Scheme(scheme).activation == FP8_STATIC
+    scales = {name: 0.05 if "down" in name else 0.02 for name in _linears(source)} if static else None
+    quantize_checkpoint(source, folder, scheme, exclude=exclude, input_scales=scales)
     return folder
 
 
-def with_static_scales(folder: Path) -> Path:
-    """A checkpoint with dynamic fp8 inputs becomes one with static ones: a scale for every quantised layer."""
-
-    def add(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        quantised = [name for name in tensors if f"{name}_scale" in tensors]
-        scales = {
-            f"{name.removesuffix('.weight')}.input_scale": torch.tensor(0.05 if "down" in name else 0.02)
-            for name in quantised
-        }
-        return tensors | scales
-
-    def state(config: dict[str, Any]) -> None:
-        inputs = config["global_quant_config"]["input_tensors"]
-        inputs.update(is_dynamic=False, qscheme="per_tensor", symmetric=True)
-
-    return _rewrite(folder, add, state)
+def _linears(folder: Path) -> list[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return [name.removesuffix(".weight") for name in file.keys() if name.endswith("_proj.weight")]  # noqa: SIM118
 
 
 def as_compressed_tensors(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
-from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Scheme
+from mxperts.formats import FP8_STATIC
+from mxperts.integrations import hooks
+from mxperts.integrations.vllm.call import activation_arguments, is_supported_activation, scheme_of
 from mxperts.integrations.vllm.options import configured_backend
-from mxperts.integrations.vllm.plugin import step
-from mxperts.ops.activation import ACTIVATIONS
+from mxperts.integrations.vllm.plugin import PROGRAM, step
 from mxperts.ops.dispatch import explain
 from mxperts.ops.experts import fused_experts
 from mxperts.ops.prepare import PreparedExperts, prepare
@@ -25,59 +25,10 @@ from mxperts.tensor import MXTensor
 
 logger = init_logger(f"vllm.{__name__}")
 
-PACKED_HALVES = "swigluoai_uninterleave"
-"""vLLM's name of ``swigluoai`` with all gate rows before all up rows; its constants have other defaults."""
-
 
 def install() -> None:
     """vLLM looks the class up in its module whenever it chooses its emulation."""
     ocp_mx_emulation_moe.OCP_MXQuantizationEmulationTritonExperts = MXExperts
-
-
-def scheme_of(quant_config: Any) -> Scheme:
-    """The scheme that a ``FusedMoEQuantConfig`` describes; fp8 without a scale takes one from each token.
-
-    Raises:
-        FormatError: a dtype is none of ours.
-    """
-    activation = quant_config.quant_dtype
-    if activation == "fp8":
-        activation = FP8_DYNAMIC if quant_config.a1_scale is None else FP8_STATIC
-    return Scheme.of(quant_config.weight_quant_dtype, activation)
-
-
-def activation_arguments(moe_config: Any, quant_config: Any) -> dict[str, Any]:
-    """The activation function of a layer, as ``fused_experts`` takes it.
-
-    Constants come from the quantisation config, or else from the model's, as in vLLM's ``ApplyMoEActivationConfig``.
-    """
-
-    def first(*given: float | None) -> float | None:
-        return next((value for value in given if value is not None), None)
-
-    limit = first(quant_config.gemm1_clamp_limit, moe_config.swiglu_limit)
-    alpha = first(quant_config.gemm1_alpha, moe_config.swiglu_alpha)
-    beta = first(quant_config.gemm1_beta, moe_config.swiglu_beta)
-    name = moe_config.activation.value
-    constants: dict[str, Callable[[], dict[str, float | None]]] = {
-        "silu": lambda: {"swiglu_limit": limit},
-        "swiglustep": lambda: {"swiglu_limit": limit},
-        "swigluoai": lambda: {"swiglu_limit": limit, "swiglu_alpha": alpha, "swiglu_beta": beta},
-        PACKED_HALVES: lambda: {
-            "swiglu_limit": limit,
-            "swiglu_alpha": first(alpha, 1.0),
-            "swiglu_beta": first(beta, 0.0),
-        },
-        "situ": lambda: {
-            "swiglu_beta": moe_config.activation_situ_beta,
-            "swiglu_linear_beta": moe_config.activation_situ_linear_beta,
-        },
-    }
-    return {
-        "activation": "swigluoai" if name == PACKED_HALVES else name,
-        "interleaved": name == "swigluoai",
-        **constants.get(name, dict)(),
-    }
 
 
 class MXExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
@@ -130,7 +81,7 @@ class MXExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_activation(activation: Any) -> bool:
-        return activation.value in (*ACTIVATIONS, PACKED_HALVES)
+        return is_supported_activation(activation)
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
@@ -181,6 +132,8 @@ class MXExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
                 activation=self.scheme.activation,
                 backend=self.backend,
             )
+        replaced = "; ".join(hook.replaced for hook in hooks.active(PROGRAM))
+        logger.info_once("mxperts stands in the place of: %s (mxperts doctor says why)", replaced)
         logger.info_once("mxperts runs experts in %s by backend %s", self.scheme.name, choice)
         for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
             # Of these, vLLM only asks the shape; whoever asks for values is told by PyTorch that there are none.

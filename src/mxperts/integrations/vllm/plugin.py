@@ -24,6 +24,10 @@ SWITCH = "MXPERTS_VLLM"
 """The environment variable that turns the plugin off: 0, or on, as it is without it: 1."""
 
 
+GROUP, NAME, ENTRY_POINT = "vllm.general_plugins", "mxperts", "mxperts.integrations.vllm.plugin:register"
+"""How vLLM finds the plugin; in pyproject.toml."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VllmHook(hooks.Hook):
     """A hook and the module of this package whose ``install`` puts it in.
@@ -118,6 +122,17 @@ def stands_aside() -> str | None:
     return None
 
 
+def state() -> str:
+    """In which processes the hooks will be, or why in none; for people."""
+    why = stands_aside()
+    if why is None and not any(e.value == ENTRY_POINT for e in metadata.entry_points(group=GROUP)):
+        why = "mxperts is not installed, only found on the path, so that vLLM does not see its entry point"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if why is None and allowed is not None and NAME not in allowed.split(","):
+        why = f"VLLM_PLUGINS={allowed} does not name {NAME}"
+    return f"none: {why}" if why else f"in every process of {installed()}"
+
+
 def register() -> None:
     """Put the hooks in; vLLM calls this in every process before it does anything. Calling it again changes nothing.
 
@@ -143,8 +158,6 @@ def register() -> None:
         with step(f"putting {hook.by} in the place of {hook.replaced}", (ImportError, AttributeError, TypeError)):
             importlib.import_module(f"mxperts.integrations.vllm.{hook.module}").install()
         hooks.record(hook)
-        if first:
-            logger.info("mxperts: %s in the place of %s", hook.by, hook.replaced)
 
 
 @contextmanager
