@@ -68,6 +68,7 @@ class Checked:
         wrong: what was not as it should be.
         deviation: of all calls from the reference's results, relative to the largest number of a call.
         packed_bytes, parameter_bytes: of the prepared weights; of what the layers' own parameters still hold.
+        signatures: how layers were called, once each; see ``signature``.
     """
 
     schemes: set[str] = field(default_factory=set)
@@ -77,6 +78,7 @@ class Checked:
     deviation: float = 0.0
     packed_bytes: int = 0
     parameter_bytes: int = 0
+    signatures: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -173,6 +175,8 @@ class Check:
         if self.like is not None:
             found.wrong += different_weights(self.like, list(weights.values()))
         for call, out, given in recorded:
+            if (described := signature(call, given)) not in found.signatures:
+                found.signatures.append(described)
             at = call.weights[0].data_ptr()
             name = next(n for n, e in ours.items() if e.prepared.weights[0].data_ptr() == at)
             again = by_hand(call, given, weights[name], ours[name].prepared.backend)
@@ -193,6 +197,27 @@ def expert_layers(model: Any) -> dict[str, Any]:
         return kernel is not None and isinstance(kernel.fused_experts, MXExperts)
 
     return {name: module for name, module in model.named_modules() if runs_ours(module)}
+
+
+def signature(call: Any, given: list[Any]) -> dict[str, Any]:
+    """All that tells calls of layers apart but for the numbers, as JSON has it."""
+
+    def describe(tensor: Any) -> list[Any] | None:
+        return None if tensor is None else [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+
+    return {
+        "layout": call.layout.encode(),
+        "activation": call.activation.encode(),
+        "activation_format": None if call.activation_format is None else str(call.activation_format),
+        "hidden_states": describe(given[0]),
+        "top_k_index": describe(given[1]),
+        "top_k_weights": describe(given[2]),
+        "gate_up_bias": describe(call.gate_up_bias),
+        "down_bias": describe(call.down_bias),
+        "input_scales": None if call.input_scales is None else [describe(s) for s in call.input_scales],
+        "expert_map": None if call.expert_map is None else call.expert_map.tolist(),
+        "router_weight_on_input": call.router_weight_on_input,
+    }
 
 
 def by_hand(call: Any, given: list[Any], weights: Any, backend: str) -> Any:

@@ -10,7 +10,6 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.experts import ocp_mx_emulation_moe
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
-from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from mxperts.formats import FP8_STATIC
@@ -18,6 +17,7 @@ from mxperts.integrations import hooks
 from mxperts.integrations.vllm.call import activation_arguments, is_supported_activation, scheme_of
 from mxperts.integrations.vllm.options import configured_backend
 from mxperts.integrations.vllm.plugin import PROGRAM, step
+from mxperts.nn.parameters import frozen
 from mxperts.ops.dispatch import explain
 from mxperts.ops.experts import fused_experts
 from mxperts.ops.prepare import PreparedExperts, prepare
@@ -136,8 +136,9 @@ class MXExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         logger.info_once("mxperts stands in the place of: %s (mxperts doctor says why)", replaced)
         logger.info_once("mxperts runs experts in %s by backend %s", self.scheme.name, choice)
         for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
-            # Of these, vLLM only asks the shape; whoever asks for values is told by PyTorch that there are none.
-            replace_parameter(layer, name, torch.empty_like(getattr(layer, name), device="meta"))
+            # Of these, vLLM only asks the shape. Whoever asks for values is told by PyTorch that there are none, and
+            # whoever would load others misses the loader, which vLLM's replace_parameter would take along.
+            setattr(layer, name, frozen(torch.empty_like(getattr(layer, name), device="meta")))
         self.quant_config._w1.scale = self.quant_config._w2.scale = None
 
     def apply(

@@ -10,16 +10,12 @@ from torch import Tensor
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, MxFp6LinearKernel, register_linear_kernel
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkOCP_MX
 from vllm.model_executor.layers.quantization.quark.schemes.quark_scheme import QuarkScheme
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    kMxfp4Static,
-    kMxfp6E2M3Static,
-    kMxfp6E3M2Static,
-)
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Static
 from vllm.model_executor.parameter import PerTensorScaleParameter
 from vllm.platforms import PlatformEnum
 
 from mxperts.formats import FP8_STATIC
-from mxperts.integrations.vllm.keys import ACTIVATIONS, FP8, WEIGHTS, scheme_of_keys
+from mxperts.integrations.vllm.keys import ACTIVATIONS, FP8, PACKED, WEIGHTS, scheme_of_keys
 from mxperts.integrations.vllm.options import configured_backend
 from mxperts.integrations.vllm.plugin import step
 from mxperts.nn.parameters import frozen
@@ -92,7 +88,7 @@ class MXQuarkLinear(QuarkOCP_MX):  # type: ignore[misc]
     """A linear layer of a Quark checkpoint with MX weights and fp8 inputs: vLLM's parameters, and a scale if static."""
 
     supported_activation_quant_keys: ClassVar = list(FP8)
-    supported_weight_quant_keys: ClassVar = [kMxfp4Static, kMxfp6E2M3Static, kMxfp6E3M2Static]
+    supported_weight_quant_keys: ClassVar = list(PACKED)
 
     def __init__(self, weight_key: Any, activation_key: Any) -> None:
         QuarkScheme.__init__(self, weight_key, activation_key)  # not the parent's, which does not know fp8

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from mxperts.errors import ArgumentError
 from mxperts.formats import FP8_STATIC, Scheme
-from mxperts.integrations.vllm.keys import ACTIVATIONS, FP8, WEIGHTS, scheme_of_keys
+from mxperts.integrations.vllm.keys import ACTIVATIONS, FP8, PACKED, WEIGHTS, scheme_of_keys
 from mxperts.integrations.vllm.linear import MXQuarkLinear
 from mxperts.integrations.vllm.plugin import step
 
@@ -45,7 +45,7 @@ class MXQuarkConfig(QuarkConfig):  # type: ignore[misc]
             return super().get_quant_method(layer, prefix)
         with step(f"reading the scheme of {prefix}"):
             scheme = scheme_of_keys(weight_key, activation_key)
-            if scheme in RUN_BY_VLLM:
+            if scheme in RUN_BY_VLLM or weight_key not in PACKED:
                 return super().get_quant_method(layer, prefix)
             return MXQuarkMoEMethod(layer.moe_config, weight_key, activation_key)
 
@@ -54,8 +54,7 @@ class MXQuarkConfig(QuarkConfig):  # type: ignore[misc]
         weight, inputs = (self._unwrap_single_quant_config(config.get(name)) for name in ("weight", "input_tensors"))
         if current_platform.is_cpu() and not config.get("output_tensors") and not config.get("bias"):
             match = self._is_w_ocp_mx_a_x(weight, inputs, allow_static_fp8=True)
-            ours = MXQuarkLinear.supported_weight_quant_keys
-            if match and match.weight_quant_key in ours and match.activation_quant_key in FP8:
+            if match and match.weight_quant_key in PACKED and match.activation_quant_key in FP8:
                 return match.weight_quant_key, match.activation_quant_key, MXQuarkLinear
         return super()._get_scheme_cls_from_config(config)
 
