@@ -6,12 +6,15 @@ not take its threads along.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,15 @@ def in_child(function: Callable[..., Any], *args: Any, env: dict[str, str] | Non
     except EOFError:
         ok, value = False, "the child died"
     child.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # vLLM's own processes, if it has not ended them
     if not ok:
         raise AssertionError(value)
     return value
 
 
 def _child(sender: Any, env: dict[str, str], function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    os.setsid()
     os.environ.update(env)
     try:
         answer = (True, function(*args, **kwargs))
@@ -71,8 +77,8 @@ class Checked:
         signatures: how layers were called, once each; see ``signature``.
     """
 
-    schemes: set[str] = field(default_factory=set)
-    backends: set[str] = field(default_factory=set)
+    schemes: list[str] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
     calls: int = 0
     wrong: list[str] = field(default_factory=list)
     deviation: float = 0.0
@@ -123,10 +129,12 @@ def run(path: Path, *, backend: str | None = None, like: Path | None = None, **s
         SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=vocabulary, detokenize=False),
         use_tqdm=False,
     )
+    found = llm.apply_model(functools.partial(check, like=like))
+    llm.llm_engine.engine_core.shutdown()
     return Run(
         tokens=[list(a.outputs[0].token_ids) for a in answers],
         logprobs=[[[row[i].logprob for i in range(vocabulary)] for row in a.outputs[0].logprobs] for a in answers],
-        workers=llm.apply_model(Check(like)),
+        workers=[Checked(**worker) for worker in found],
     )
 
 
@@ -148,44 +156,35 @@ def start_recording(model: Any) -> None:
     experts._execute = recording
 
 
-@dataclass
-class Check:
-    """In a worker: compare what was recorded, and the weights.
+def check(model: Any, like: Path | None) -> dict[str, Any]:
+    """In a worker: compare what was recorded, and the weights; what ``Checked`` takes, as vLLM can send it."""
+    import torch
 
-    Attributes:
-        like: as in ``run``.
-    """
-
-    like: Path | None
-
-    def __call__(self, model: Any) -> Checked:
-        import torch
-
-        layers = expert_layers(model)
-        ours = {name: layer.quant_method.moe_kernel.fused_experts for name, layer in layers.items()}
-        weights = {name: experts.prepared.unprepare() for name, experts in ours.items()}
-        recorded, found = list(_recorded), Checked(calls=len(_recorded))
-        for name, layer in layers.items():
-            found.schemes.add(ours[name].scheme.name)
-            found.backends.add(ours[name].prepared.backend)
-            found.packed_bytes += ours[name].prepared.nbytes
-            for parameter in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
-                tensor = getattr(layer, parameter)
-                found.parameter_bytes += 0 if tensor.is_meta else tensor.nbytes
-        if self.like is not None:
-            found.wrong += different_weights(self.like, list(weights.values()))
-        for call, out, given in recorded:
-            if (described := signature(call, given)) not in found.signatures:
-                found.signatures.append(described)
-            at = call.weights[0].data_ptr()
-            name = next(n for n, e in ours.items() if e.prepared.weights[0].data_ptr() == at)
-            again = by_hand(call, given, weights[name], ours[name].prepared.backend)
-            if not torch.equal(again.view(torch.int16), out.view(torch.int16)):
-                found.wrong.append(f"{name}: {int((again != out).sum())} of {out.numel()} are not mx.fused_experts'")
-            reference = by_hand(call, given, weights[name], "reference").double()
-            deviation = (reference - out).abs().max() / reference.abs().max().clamp(min=1e-30)
-            found.deviation = max(found.deviation, float(deviation))
-        return found
+    layers = expert_layers(model)
+    ours = {name: layer.quant_method.moe_kernel.fused_experts for name, layer in layers.items()}
+    weights = {name: experts.prepared.unprepare() for name, experts in ours.items()}
+    recorded, found = list(_recorded), Checked(calls=len(_recorded))
+    found.schemes = sorted({experts.scheme.name for experts in ours.values()})
+    found.backends = sorted({experts.prepared.backend for experts in ours.values()})
+    found.packed_bytes = sum(experts.prepared.nbytes for experts in ours.values())
+    for layer in layers.values():
+        for parameter in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
+            tensor = getattr(layer, parameter)
+            found.parameter_bytes += 0 if tensor.is_meta else tensor.nbytes
+    if like is not None:
+        found.wrong += different_weights(like, list(weights.values()))
+    for call, out, given in recorded:
+        if (described := signature(call, given)) not in found.signatures:
+            found.signatures.append(described)
+        at = call.weights[0].data_ptr()
+        name = next(n for n, e in ours.items() if e.prepared.weights[0].data_ptr() == at)
+        again = by_hand(call, given, weights[name], ours[name].prepared.backend)
+        if not torch.equal(again.view(torch.int16), out.view(torch.int16)):
+            found.wrong.append(f"{name}: {int((again != out).sum())} of {out.numel()} are not mx.fused_experts'")
+        reference = by_hand(call, given, weights[name], "reference").double()
+        deviation = (reference - out).abs().max() / reference.abs().max().clamp(min=1e-30)
+        found.deviation = max(found.deviation, float(deviation))
+    return asdict(found)
 
 
 def expert_layers(model: Any) -> dict[str, Any]:

@@ -44,8 +44,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{"intermediate_size": 96, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2},
             **{"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
-            **{"topk_method": "noaux_tc", "q_lora_rank": 32, "kv_lora_rank": 32},
-            **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64},
+            **{"topk_method": "noaux_tc", "q_lora_rank": 32, "kv_lora_rank": 512},
+            **{"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
         },
     ),
     "gpt_oss": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -133,14 +134,13 @@ def state() -> str:
     return f"none: {why}" if why else f"in every process of {installed()}"
 
 
+@functools.cache
 def register() -> None:
     """Put the hooks in; vLLM calls this in every process before it does anything. Calling it again changes nothing.
 
     Raises:
         IntegrationError: a part of vLLM is not as it is in the versions that are known.
     """
-    if hooks.active(PROGRAM):
-        return
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
