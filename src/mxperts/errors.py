@@ -19,3 +19,7 @@ class CheckpointError(MxpertsError, ValueError):
 
 class BackendUnavailable(MxpertsError, RuntimeError):
     """A backend was named that cannot run the problem here."""
+
+
+class IntegrationError(MxpertsError, RuntimeError):
+    """A program that mxperts plugs into is not as expected, or a step that mxperts does for it failed."""

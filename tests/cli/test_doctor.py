@@ -1,12 +1,15 @@
 import itertools
 import json
 
+import pytest
 import torch
 
 import mxperts as mx
 from mxperts.backend.cpu import jit
 from mxperts.backend.cpu.paths import available
+from mxperts.checkpoint import LAYOUTS
 from mxperts.cli import app, doctor
+from mxperts.integrations.vllm import plugin
 
 
 def test_everything_is_shown(runner):
@@ -31,6 +34,27 @@ def test_the_folder_of_compiled_kernels(runner, monkeypatch, tmp_path):
         assert shown in table
         document = json.loads(runner.invoke(app, ["doctor", "-o", "json"]).stdout)
         assert document["kernel_cache"] == (None if folder is None else str(folder))
+
+
+def test_hooks_are_listed_with_what_they_replace(runner, monkeypatch):
+    monkeypatch.setattr(plugin, "state", lambda: "in every process of vllm 0.33.0")
+    document = json.loads(runner.invoke(app, ["doctor", "-o", "json"]).stdout)["hooks"]
+    assert document["vllm"]["where"] == "in every process of vllm 0.33.0"
+    assert [h["replaced"] for h in document["vllm"]["hooks"]] == [h.replaced for h in plugin.HOOKS]
+    assert "mxperts.install()" in document["transformers"]["where"]
+    assert len(document["transformers"]["hooks"]) == len(LAYOUTS)
+    table = runner.invoke(app, ["doctor"]).stdout
+    for hook in plugin.HOOKS:
+        assert f"| hook in vllm: {hook.replaced}" in table
+        assert f"{hook.by}: {hook.why}" in table
+
+
+@pytest.mark.parametrize("switch", ["0", "perhaps"])
+def test_without_hooks_it_says_why(runner, monkeypatch, switch):
+    monkeypatch.setenv(plugin.SWITCH, switch)
+    found = json.loads(runner.invoke(app, ["doctor", "-o", "json"]).stdout)["hooks"]["vllm"]
+    assert found["where"].startswith(f"none: {plugin.SWITCH}")
+    assert found["hooks"] == []
 
 
 def test_golden_block_holds_every_value_and_every_tie():

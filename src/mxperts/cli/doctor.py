@@ -14,7 +14,7 @@ import mxperts as mx
 from mxperts import models
 from mxperts.cli.options import OutputOption
 from mxperts.cli.output import Table, show
-from mxperts.errors import BackendUnavailable, MxpertsError
+from mxperts.errors import BackendUnavailable, IntegrationError, MxpertsError
 from mxperts.evaluation.environment import OPTIONAL_PACKAGES, environment, versions
 from mxperts.ops.dispatch import BACKENDS
 
@@ -48,6 +48,7 @@ def doctor(output: OutputOption = None) -> None:
         "kernel_cache": None if folder is None else str(folder),
         "backends": {device: backends(device) for device in ("cpu", "cuda")},
         "self_check": checks,
+        "hooks": hooks(),
     }
     rows = list(table_rows(document))
     show(
@@ -108,6 +109,29 @@ def wrong_results(backend: str, device: str) -> Iterator[str]:
     yield from wrong("prepared ", mx.prepare(first, second, backend=backend), None)
 
 
+def hooks() -> dict[str, Any]:
+    """By program that mxperts plugs into: where its hooks are, and what each of them replaces."""
+    from mxperts.integrations.transformers.loading import hooks_of_install  # takes seconds
+    from mxperts.integrations.vllm import plugin
+
+    try:
+        in_vllm = plugin.state()
+    except IntegrationError as error:
+        in_vllm = f"none: {error}"
+    on = () if in_vllm.startswith("none") else plugin.HOOKS
+    found = {
+        "transformers": ("in processes that call mxperts.install()", hooks_of_install()),
+        "vllm": (in_vllm, on),
+    }
+    return {
+        program: {
+            "where": where,
+            "hooks": [{"replaced": h.replaced, "by": h.by, "why": h.why} for h in hooks],
+        }
+        for program, (where, hooks) in found.items()
+    }
+
+
 def memory_bytes() -> int | None:
     """Physical memory; None where the operating system does not say."""
     if not hasattr(os, "sysconf"):
@@ -158,3 +182,7 @@ def table_rows(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"backend {name} on {device}", summary
     for name, result in document["self_check"].items():
         yield f"self-check {name}", result
+    for program, found in document["hooks"].items():
+        yield f"hooks in {program}", found["where"]
+        for hook in found["hooks"]:
+            yield f"hook in {program}: {hook['replaced']}", f"{hook['by']}: {hook['why']}"

@@ -131,7 +131,7 @@ def dot_bf16(b: Any, sums: Any, x: Any, y: Any) -> Any:
 
 def dot_u8_i8(b: Any, sums: Any, x: Any, y: Any) -> Any:
     """x86 AVX-512 VNNI: adds the four products of each 32-bit lane's bytes, ``x`` unsigned and ``y`` signed."""
-    operands = [b.bitcast(v, I8S) for v in (x, y)]
+    operands = [b.bitcast(v, I32S) for v in (x, y)]  # LLVM 20's signature, which later ones translate to theirs
     return call(b, "llvm.x86.avx512.vpdpbusd.512", I32S, [sums, *operands])
 
 

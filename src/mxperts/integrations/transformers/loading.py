@@ -14,6 +14,7 @@ from transformers.quantizers import auto, register_quantization_config, register
 from mxperts.checkpoint import LAYOUTS, Checkpoint, ModelScheme, Rule, is_mx, quark
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import Scheme
+from mxperts.integrations import hooks
 from mxperts.integrations.transformers.config import QUANT_METHOD, MXConfig
 from mxperts.integrations.transformers.parameters import check_complete
 from mxperts.integrations.transformers.quantizer import MXQuantizer
@@ -124,12 +125,26 @@ def install() -> None:
     Checkpoints of AMD Quark, compressed-tensors and gpt-oss whose weights are in MX formats are taken over; all others,
     such as integer formats of the same software, are left to Transformers. Calling it again changes nothing.
     """
-    for method in LAYOUTS:
+    for method, hook in zip(LAYOUTS, hooks_of_install(), strict=True):
         stock = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
         if not issubclass(stock, _TakenOver):
             # Transformers compares these classes by name, so ours keeps that of the one it stands in for.
             ours = type(stock.__name__, (_TakenOver, stock), {"stock": stock})
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = ours
+        hooks.record(hook)
+
+
+def hooks_of_install() -> list[hooks.Hook]:
+    """What ``install`` replaces."""
+    return [
+        hooks.Hook(
+            program="transformers",
+            replaced=f"AUTO_QUANTIZATION_CONFIG_MAPPING[{method!r}]",
+            by=f"{MXConfig.__module__}.{MXConfig.__name__} for configs in MX formats",
+            why="Transformers cannot load them, or unpacks them, or leaves activations unquantised",
+        )
+        for method in LAYOUTS
+    ]
 
 
 class _TakenOver:
