@@ -17,6 +17,7 @@ from mxperts.cli.generate import generate
 from mxperts.cli.inspect import inspect
 from mxperts.cli.output import say
 from mxperts.cli.quantize import quantize
+from mxperts.cli.serve import ServeCommand, serve
 from mxperts.errors import MxpertsError
 
 
@@ -61,6 +62,9 @@ def _options(
 
 
 app.command(epilog='Example: mxperts generate --prompt "KING RICHARD." --scheme w4a16 --max-new-tokens 60')(generate)
+app.command(
+    cls=ServeCommand, epilog="Example: mxperts serve my-mxfp4 --port 8080 --continuous-batching"
+)(serve)
 app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tokens 4096 --plot kl.png")(evaluate)
 app.command(epilog="Example: mxperts quantize path/to/model my-mxfp4 --scheme w_mxfp4_a_mxfp4")(quantize)
 app.command(epilog="Example: mxperts inspect my-mxfp4 --deep")(inspect)

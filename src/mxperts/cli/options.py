@@ -33,6 +33,15 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU
 TrustRemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
 ]
+ChatTemplateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        exists=True,
+        dir_okay=False,
+        help="A Jinja file that turns chats into prompts, instead of the model's own.",
+    ),
+]
 OutputOption = Annotated[
     Output | None,
     typer.Option("--output", "-o", help="Default: a table on a terminal, Markdown into a pipe."),
@@ -52,11 +61,14 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a resolved model."""
+def load_tokenizer(model: str, *, trust_remote_code: bool, chat_template: Path | None = None) -> Any:
+    """The tokenizer of a resolved model, with the chat template in this file if one is named."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def context_limit(path: str, *, trust_remote_code: bool) -> int:
@@ -68,9 +80,9 @@ def context_limit(path: str, *, trust_remote_code: bool) -> int:
 
 
 def load_model(
-    model: str, *, scheme: str | None, dtype: str, device: str, backend: str, trust_remote_code: bool
+    model: str, *, scheme: str | None, dtype: str, device: str, backend: str, trust_remote_code: bool, **kwargs: Any
 ) -> Any:
-    """A resolved model, loaded with ``mx.load`` and moved to its device."""
+    """A resolved model, loaded with ``mx.load``, which gets ``kwargs`` too, and moved to its device."""
     import transformers
 
     import mxperts as mx
@@ -78,7 +90,9 @@ def load_model(
     messages: Any = transformers.utils.logging
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    loaded = mx.load(model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    loaded = mx.load(
+        model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code, **kwargs
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device).eval()
