@@ -33,6 +33,13 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU
 TrustRemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
 ]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="Of sampling; 0 is greedy.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample among this many tokens; 0: all.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0, max=1, help="Sample among tokens of this total probability.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of sampling; the same seed gives the same text.")]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")]
 ChatTemplateOption = Annotated[
     Path | None,
     typer.Option(
@@ -90,9 +97,7 @@ def load_model(
     messages: Any = transformers.utils.logging
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    loaded = mx.load(
-        model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code, **kwargs
-    )
+    loaded = mx.load(model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code, **kwargs)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device).eval()

@@ -95,7 +95,7 @@ class Server(Serve):  # type: ignore[misc]
         return await answer(body, request_id)
 
     async def respond(self, answer: Handler, body: dict[str, Any], request_id: str) -> Any:
-        """``/v1/responses``, which comes in one piece unless a stream is asked for; Transformers' default is a stream."""
+        """``/v1/responses``, in one piece unless a stream is asked for; Transformers makes it a stream by default."""
         return await answer({"stream": False} | body, request_id)
 
     async def refuse(self, request: Any, error: Any, *, status: int | None) -> Any:
