@@ -93,6 +93,8 @@ def serve(
     name = served_model_name or model or SHIPPED
     if not tokenizer.chat_template:
         say(f"{name} has no chat template: /v1/completions works, chats need --chat-template")
+    if ctx.meta[_SERVER]["continuous_batching"]:
+        say("continuous batching: how the first request is sampled is how all are (a limit of Transformers)")
     load = partial(
         load_model,
         path,

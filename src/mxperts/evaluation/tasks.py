@@ -57,19 +57,15 @@ class TaskReport:
         """Header and rows of text, the models below each other for each metric; all columns but the first ``LEFT`` are
         numbers.
         """
-        header = ["task", "metric", "scheme", "n-shot", "samples", "value"]
-        compared = len(self.rows) > 1
-        cells = []
-        for record in self.records():
-            error = record["stderr"]
-            value = f"{record['value']:.4f}" if error is None else with_error(Estimate(record["value"], error))
-            metric = record["metric"] + _ARROWS[record["higher_is_better"]]
+        header = ["task", "metric", "scheme", "n-shot", "samples", "value", "difference"]
+        rows = []
+        for i, record in enumerate(self.records()):
+            error, metric = record["stderr"], record["metric"] + _ARROWS[record["higher_is_better"]]
             counts = ["" if record[name] is None else str(record[name]) for name in ("num_fewshot", "samples")]
-            row = [record["task"], metric, record["scheme"], *counts, value]
-            if compared:
-                row.append("" if record["scheme"] == self.rows[0].name else f"{record['difference']:+.4f}")
-            cells.append(row)
-        return [*header, "difference"] if compared else header, cells
+            value = f"{record['value']:.4f}" if error is None else with_error(Estimate(record["value"], error))
+            difference = f"{record['difference']:+.4f}" if i % len(self.rows) else ""
+            rows.append([record["task"], metric, record["scheme"], *counts, value, difference])
+        return (header, rows) if len(self.rows) > 1 else (header[:-1], [row[:-1] for row in rows])
 
     @property
     def note(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,8 +14,9 @@ from typing import Any
 
 from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager
-from transformers.cli.serving.utils import CBWorkerDeadError
+from transformers.cli.serving.utils import CBWorkerDeadError, get_response_template
 from transformers.utils import logging
+from transformers.utils.chat_parsing.response_templates import load_response_template
 from transformers.utils.import_utils import is_serve_available
 
 from mxperts.errors import ArgumentError, MxpertsError
@@ -53,7 +55,7 @@ def serve(served: Served, *, host: str = "localhost", port: int = 8000, **option
 
     Raises:
         MxpertsError: FastAPI or uvicorn is not installed.
-        ArgumentError: the address is in use, or there is no such address.
+        ArgumentError: the address is in use, or there is no such address; or another argument is wrong.
         KeyboardInterrupt: the server was interrupted, and has stopped.
     """
     if not is_serve_available():
@@ -63,7 +65,13 @@ def serve(served: Served, *, host: str = "localhost", port: int = 8000, **option
         raise ArgumentError(f"log_level must be one of {levels}, not {options['log_level']!r}")
     check_address(host, port)
     with _model_manager(partial(OneModel, served=served)):
-        Server(force_model=served.name, host=host, port=port, non_blocking=True, **options)
+        try:
+            Server(force_model=served.name, host=host, port=port, non_blocking=True, **options)
+        except ValueError as error:
+            if isinstance(error, MxpertsError):
+                raise
+            what = f"{error.doc!r} is not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+            raise ArgumentError(f"{what}{error}") from error
 
 
 class Server(Serve):  # type: ignore[misc]
@@ -158,11 +166,28 @@ class OneModel(model_manager.ModelManager):  # type: ignore[misc]
         finally:
             logging.set_verbosity(verbosity)  # of the server's messages, which loading may have changed
         loaded.register_forward_pre_hook(self._check_stopping)
+        parse_answers(self.served.tokenizer, loaded)
         return loaded
 
     def _check_stopping(self, *args: Any) -> None:
         if self.stopping():
             raise Stopping("the server is stopping")
+
+
+def parse_answers(tokenizer: Any, model: Any) -> None:
+    """Have answers taken as they are where the chat template is not of the kind that Transformers takes it for.
+
+    Answers of models such as Qwen's are searched for tool calls from where the assistant's turn begins. Where a
+    template begins it with other words, Transformers searches the prompt too, and answers with all of it.
+    """
+    stock = get_response_template(tokenizer, model)
+    if stock is None or not tokenizer.chat_template:
+        return
+    question = [{"role": "user", "content": "?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    if load_response_template(stock).start_anchor_re.search(prompt) is None:
+        content = {"close": tokenizer.eos_token} if tokenizer.eos_token else {}
+        tokenizer.response_template = {"start_anchor_pattern": r"\Z", "fields": {"content": content}}
 
 
 @contextmanager
@@ -182,6 +207,8 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ArgumentError: the address is in use, not this machine's, or not allowed.
     """
+    if not 0 <= port < 2**16:
+        raise ArgumentError(f"port must be between 0 and {2**16 - 1}, not {port}")
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
