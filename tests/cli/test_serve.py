@@ -96,6 +96,14 @@ def test_what_the_server_does_not_know_is_a_usage_error(runner, wrong):
     assert wrong[0] in result.stderr
 
 
+def test_a_broken_chat_template_is_an_error(runner, tmp_path):
+    pytest.importorskip("fastapi")
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    result = runner.invoke(app, ["serve", "--port", "0", "--chat-template", str(tmp_path / "broken.jinja")])
+    assert result.exit_code == 1
+    assert "error: the chat template does not take a question: " in result.stderr
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("templates") / "chat.jinja"

@@ -179,12 +179,20 @@ def parse_answers(tokenizer: Any, model: Any) -> None:
 
     Answers of models such as Qwen's are searched for tool calls from where the assistant's turn begins. Where a
     template begins it with other words, Transformers searches the prompt too, and answers with all of it.
+
+    Raises:
+        ArgumentError: the chat template does not take a question.
     """
+    from jinja2 import TemplateError
+
     stock = get_response_template(tokenizer, model)
     if stock is None or not tokenizer.chat_template:
         return
     question = [{"role": "user", "content": "?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    try:
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ArgumentError(f"the chat template does not take a question: {error}") from error
     if load_response_template(stock).start_anchor_re.search(prompt) is None:
         content = {"close": tokenizer.eos_token} if tokenizer.eos_token else {}
         tokenizer.response_template = {"start_anchor_pattern": r"\Z", "fields": {"content": content}}
