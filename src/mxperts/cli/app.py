@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 import mxperts
 from mxperts.cli.bench import bench
+from mxperts.cli.chat import chat
 from mxperts.cli.convert import convert
 from mxperts.cli.demo import demo
 from mxperts.cli.doctor import doctor
@@ -18,6 +19,7 @@ from mxperts.cli.generate import generate
 from mxperts.cli.inspect import inspect
 from mxperts.cli.output import say
 from mxperts.cli.quantize import quantize
+from mxperts.cli.serve import ServeCommand, serve
 from mxperts.errors import MxpertsError
 
 
@@ -62,6 +64,8 @@ def _options(
 
 
 app.command(epilog='Example: mxperts generate --prompt "KING RICHARD." --scheme w4a16 --max-new-tokens 60')(generate)
+app.command(epilog="Example: mxperts chat my-mxfp4 --system 'Answer in one sentence.'")(chat)
+app.command(cls=ServeCommand, epilog="Example: mxperts serve my-mxfp4 --port 8080 --continuous-batching")(serve)
 app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tokens 4096 --plot kl.png")(evaluate)
 app.command(epilog="Example: mxperts quantize path/to/model my-mxfp4 --scheme w_mxfp4_a_mxfp4")(quantize)
 app.command(epilog="Example: mxperts convert my-mxfp4 my-mxfp4-ct --format compressed-tensors")(convert)

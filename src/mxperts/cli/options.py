@@ -43,6 +43,22 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU
 TrustRemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
 ]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="Of sampling; 0 is greedy.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample among this many tokens; 0: all.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0, max=1, help="Sample among tokens of this total probability.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of sampling; the same seed gives the same text.")]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")]
+ChatTemplateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        exists=True,
+        dir_okay=False,
+        help="A Jinja file that turns chats into prompts, instead of the model's own.",
+    ),
+]
 OutputOption = Annotated[
     Output | None,
     typer.Option("--output", "-o", help="Default: a table on a terminal, Markdown into a pipe."),
@@ -62,11 +78,14 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a resolved model."""
+def load_tokenizer(model: str, *, trust_remote_code: bool, chat_template: Path | None = None) -> Any:
+    """The tokenizer of a resolved model, with the chat template in this file if one is named."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def context_limit(path: str, *, trust_remote_code: bool) -> int:
@@ -78,9 +97,9 @@ def context_limit(path: str, *, trust_remote_code: bool) -> int:
 
 
 def load_model(
-    model: str, *, scheme: str | None, dtype: str, device: str, backend: str, trust_remote_code: bool
+    model: str, *, scheme: str | None, dtype: str, device: str, backend: str, trust_remote_code: bool, **kwargs: Any
 ) -> Any:
-    """A resolved model, loaded with ``mx.load`` and moved to its device."""
+    """A resolved model, loaded with ``mx.load``, which gets ``kwargs`` too, and moved to its device."""
     import transformers
 
     import mxperts as mx
@@ -88,7 +107,7 @@ def load_model(
     messages: Any = transformers.utils.logging
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    loaded = mx.load(model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    loaded = mx.load(model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code, **kwargs)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device).eval()

@@ -9,6 +9,7 @@ from mxperts.evaluation.plot import plot
 from mxperts.evaluation.report import Report
 from mxperts.evaluation.size import Size
 from mxperts.evaluation.statistics import Estimate
+from mxperts.evaluation.tasks import TaskEvaluation, TaskReport, compare_on_tasks
 from mxperts.evaluation.windows import Windows
 
 __all__ = [
@@ -18,8 +19,11 @@ __all__ = [
     "Evaluation",
     "Report",
     "Size",
+    "TaskEvaluation",
+    "TaskReport",
     "Windows",
     "compare",
+    "compare_on_tasks",
     "environment",
     "evaluate",
     "evaluate_base",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("mxperts", "torch", "transformers", "numpy", "numba", "safetensors", "huggingface_hub", "tokenizers")
-OPTIONAL_PACKAGES = ("triton", "cuda-bindings", "matplotlib", "lm_eval")
+OPTIONAL_PACKAGES = ("triton", "cuda-bindings", "matplotlib", "lm_eval", "fastapi")
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

@@ -55,6 +55,11 @@ class Evaluation:
         layers = self.router_agreement
         return sum(layers.values()) / len(layers) if layers else None
 
+    def summary(self) -> str:
+        """In a few words, how it came out."""
+        kl = f", KLD {self.divergence.kl.value:.6f}" if self.divergence else ""
+        return f"PPL {self.perplexity.value:.4f}{kl}"
+
 
 def evaluate_base(
     model: nn.Module, windows: Windows, *, name: str = "base", batch_size: int = 8

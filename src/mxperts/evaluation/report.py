@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mxperts.evaluation.divergence import PERCENTILES, Divergence
 from mxperts.evaluation.evaluate import Evaluation
@@ -17,7 +17,7 @@ NOTE = (
     "ln ratio: ln of the perplexity over the first row's; Δp: change of the probability of the token that comes; "
     "router: share of the first row's experts chosen too."
 )
-"""What the columns mean, to print below the table."""
+"""What the columns of a comparison mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class Report:
         conditions: what the figures depend on, such as versions, threads, model and text; JSON carries it.
     """
 
+    LEFT: ClassVar[int] = 1
+    """Columns of the table that are text."""
+
     base: Evaluation
     others: Sequence[Evaluation]
     conditions: Mapping[str, Any]
@@ -40,12 +43,17 @@ class Report:
         return [self.base, *sorted(self.others, key=lambda e: e.divergence.kl.value if e.divergence else 0.0)]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of text; all columns but the first are numbers."""
+        """Header and rows of text; all columns but the first ``LEFT`` are numbers."""
         header = ["scheme", "bits/weight", "experts MB", "PPL"]
         if self.others:
             header += ["ln ratio", "KLD", "KLD 99%", "RMS Δp %", "same top-1 %", "router %"]
         header.append("tokens/s")
         return header, [_row(e, compared=bool(self.others)) for e in self.rows]
+
+    @property
+    def note(self) -> str:
+        """What the columns mean, to print below the table."""
+        return NOTE if self.others else ""
 
     def records(self) -> list[dict[str, Any]]:
         """One flat dictionary a row, all with the same keys: raw numbers, for CSV."""
@@ -57,7 +65,7 @@ class Report:
 
 
 def _row(e: Evaluation, *, compared: bool) -> list[str]:
-    cells = [e.name, f"{e.expert_bits:.2f}", f"{e.size.experts / 1e6:.2f}", _with_error(e.perplexity)]
+    cells = [e.name, f"{e.expert_bits:.2f}", f"{e.size.experts / 1e6:.2f}", with_error(e.perplexity)]
     if compared:
         cells += [""] * 6 if e.divergence is None else _divergence_cells(e.divergence, e.mean_router_agreement)
     return [*cells, f"{e.tokens_per_second:.0f}"]
@@ -65,16 +73,16 @@ def _row(e: Evaluation, *, compared: bool) -> list[str]:
 
 def _divergence_cells(d: Divergence, router: float | None) -> list[str]:
     return [
-        _with_error(d.ln_ratio, sign="+"),
-        _with_error(d.kl),
+        with_error(d.ln_ratio, sign="+"),
+        with_error(d.kl),
         f"{d.kl_percentiles[99.0]:.4f}",
-        _with_error(d.rms_delta_p, scale=100),
-        _with_error(d.same_top, scale=100),
+        with_error(d.rms_delta_p, scale=100),
+        with_error(d.same_top, scale=100),
         "" if router is None else f"{router * 100:.2f}",
     ]
 
 
-def _with_error(e: Estimate, *, scale: float = 1, sign: str = "-") -> str:
+def with_error(e: Estimate, *, scale: float = 1, sign: str = "-") -> str:
     """``value ± error`` with two significant digits of the error, at most 8 decimals, and the value to the same."""
     value, error = e.value * scale, e.stderr * scale
     known = math.isfinite(error) and error > 0

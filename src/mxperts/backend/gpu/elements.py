@@ -44,21 +44,25 @@ def decode_codes(codes, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def encode_elements(elements, ELEMENT: tl.constexpr):
+def encode_elements(magnitudes, signs, signed, ELEMENT: tl.constexpr):
     """The codes of elements: int32 of their shape.
 
     Args:
-        elements: float32, any shape, each a finite number that a code has; -0 only where the format has it.
+        magnitudes: float32, any shape, each the absolute value of a code's number, which is finite.
+        signs: int32 of that shape, negative where the sign is set; zeros of integers must have none.
+        signed: int32, broadcast against that shape, 0 where no sign is wanted and -1 elsewhere.
         ELEMENT: from ``rule.element_rule``.
     """
     mantissa_bits: tl.constexpr = ELEMENT.mantissa_bits
     if ELEMENT.integer:
-        # Added to 1.5 * 2^(23 - mantissa_bits), whose unit in the last place is the smallest element
-        return (elements + 1.5 * 2.0 ** (23 - mantissa_bits)).to(tl.int32, bitcast=True) & ((1 << ELEMENT.bits) - 1)
+        # Added to 2^(23 - mantissa_bits), whose unit in the last place is the smallest element
+        shifted = (magnitudes + 2.0 ** (23 - mantissa_bits)).to(tl.int32, bitcast=True)
+        negative = (signs >> 31) & signed
+        return ((shifted ^ negative) - negative) & ((1 << ELEMENT.bits) - 1)
     else:
-        bits = (tl.abs(elements) * ELEMENT.encode_scale).to(tl.int32, bitcast=True)
-        signs = elements.to(tl.int32, bitcast=True) >> (32 - ELEMENT.bits)
-        return (bits >> (23 - mantissa_bits)) | (signs & (1 << (ELEMENT.bits - 1)))
+        bits = (magnitudes * ELEMENT.encode_scale).to(tl.int32, bitcast=True)
+        sign = (signs >> (32 - ELEMENT.bits)) & (signed & (1 << (ELEMENT.bits - 1)))
+        return (bits >> (23 - mantissa_bits)) | sign
 
 
 @triton.jit

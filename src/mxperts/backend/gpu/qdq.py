@@ -33,15 +33,18 @@ def qdq_blocks(x, RULE: tl.constexpr):
     Returns:
         Elements times their scales; NaN in blocks that become NaN, Inf beyond the range of float32.
     """
-    elements, scales = round_to_elements(x, RULE, False)
+    magnitudes, signs, scales = round_to_elements(x, RULE, False)
+    elements = (magnitudes.to(tl.int32, bitcast=True) | (signs & _SIGN)).to(tl.float32, bitcast=True)
     return elements * tl.expand_dims(scale_factors(scales), -1)
 
 
 @triton.jit
 def quantize_blocks(x, RULE: tl.constexpr):
     """Codes int32 of the shape of ``x`` and scales int32 [...], in 0 .. 255; arguments as of ``qdq_blocks``."""
-    elements, scales = round_to_elements(x, RULE, True)
-    return encode_elements(elements, RULE.element), scales
+    ELEMENT: tl.constexpr = RULE.element
+    magnitudes, signs, scales = round_to_elements(x, RULE, True)
+    signed = tl.expand_dims(tl.where(scales == 255, 0, -1), -1)
+    return encode_elements(magnitudes, signs, signed, ELEMENT), scales
 
 
 @triton.jit
@@ -51,10 +54,11 @@ def round_to_elements(x, RULE: tl.constexpr, NAN_IS_ZERO: tl.constexpr):
     Args:
         x: float32 [..., 32].
         RULE: from ``rule.block_rule``.
-        NAN_IS_ZERO: whether elements of a block that becomes NaN are 0; otherwise they are anything.
+        NAN_IS_ZERO: whether the magnitudes of a block that becomes NaN are 0; otherwise they are anything.
 
     Returns:
-        Elements, float32 of the shape of ``x``, and scale bytes, int32 [...].
+        Their magnitudes, float32 of the shape of ``x``; int32 of that shape, negative for negative elements; and scale
+        bytes, int32 [...].
     """
     axis: tl.constexpr = len(x.shape) - 1
     bits = x.to(tl.int32, bitcast=True)
@@ -77,22 +81,17 @@ def round_to_elements(x, RULE: tl.constexpr, NAN_IS_ZERO: tl.constexpr):
     if NAN_IS_ZERO:
         largest = tl.expand_dims(tl.where(scales == 255, 0.0, largest), -1)
         least = tl.expand_dims(tl.where(scales == 255, 0.0, least), -1)
-    scaled = x * tl.expand_dims(inverse_scale_factors(byte), -1)
-    if RULE.signed:
-        # Zeros thereby lose their sign; 1.5 in place of 1 leaves room below for negative numbers
-        elements = add_and_subtract(tl.maximum(at_most(scaled, largest), -least), 1.5, RULE)
+    scaled = tl.abs(x * tl.expand_dims(inverse_scale_factors(byte), -1))
+    if RULE.least != RULE.largest:
+        scaled = at_most(scaled, tl.where((bits < 0) & (magnitude_bits < _INF), least, largest))
     else:
-        if RULE.least != RULE.largest:
-            largest = tl.where((bits < 0) & (magnitude_bits < _INF), least, largest)
-        rounded = round_magnitudes(at_most(tl.abs(scaled), largest), RULE)
-        if RULE.keep_rounded:
-            bits = tl.where(magnitude_bits != 0, bits, 0)
-        elif not RULE.keep_zero:
-            bits = tl.where(rounded != 0, bits, 0)
-        if NAN_IS_ZERO:
-            bits = tl.where(tl.expand_dims(scales == 255, -1), 0, bits)
-        elements = (rounded.to(tl.int32, bitcast=True) | (bits & _SIGN)).to(tl.float32, bitcast=True)
-    return elements, scales
+        scaled = at_most(scaled, largest)
+    rounded = round_magnitudes(scaled, RULE)
+    if RULE.keep_rounded:
+        bits = tl.where(magnitude_bits != 0, bits, 0)
+    elif not RULE.keep_zero:
+        bits = tl.where(rounded != 0, bits, 0)
+    return rounded, bits, scales
 
 
 @triton.jit
@@ -107,11 +106,9 @@ def at_most(x, limit):
 @triton.jit
 def scale_bytes(amax, RULE: tl.constexpr):
     """Scale bytes, int32 in 0 .. 254, of blocks whose largest magnitude has the bits ``amax``; Inf counts as 2^128."""
-    normalized = amax
-    if RULE.scale_offset < 1:  # otherwise the least scale is that of all subnormal numbers
-        # The integer of a subnormal's bits, as a float, has its exponent and fraction but for a factor of 2^149
-        subnormal = tl.maximum(amax, 1).to(tl.float32).to(tl.int32, bitcast=True) - (149 << 23)
-        normalized = tl.where(amax >= 1 << 23, amax, subnormal)
+    # The integer of a subnormal's bits, as a float, has its exponent and fraction but for a factor of 2^149
+    subnormal = tl.maximum(amax, 1).to(tl.float32).to(tl.int32, bitcast=True) - (149 << 23)
+    normalized = tl.where(amax >= 1 << 23, amax, subnormal)
     # Inf plus a carry would be beyond int32: exponents are 128 lower meanwhile
     field = ((normalized - (128 << 23) + RULE.scale_carry) >> 23) + 128
     scales = tl.minimum(tl.maximum(field - RULE.scale_offset, 0), 254)
@@ -121,9 +118,17 @@ def scale_bytes(amax, RULE: tl.constexpr):
 @triton.jit
 def round_magnitudes(x, RULE: tl.constexpr):
     """Numbers from 0 to the largest element, float32, rounded to elements."""
-    rounded = add_and_subtract(x, 1.0, RULE)
+    mantissa_bits: tl.constexpr = RULE.element.mantissa_bits
+    normal: tl.constexpr = 2.0**RULE.emin
+    if RULE.element.integer:
+        binade = normal
+    else:
+        binade = (x.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+        binade = tl.maximum(binade, normal)
+    shift = binade * 2.0 ** (23 - mantissa_bits)
+    rounded = (x + shift) - shift
     if RULE.truncates or RULE.ties_away or RULE.ties_toward_zero:
-        spacing = _binade(x, RULE) * 2.0**-RULE.element.mantissa_bits
+        spacing = binade * 2.0**-mantissa_bits
         error = rounded - x  # exact
         if RULE.truncates:
             rounded = tl.where(error > 0, rounded - spacing, rounded)
@@ -132,27 +137,6 @@ def round_magnitudes(x, RULE: tl.constexpr):
         else:
             rounded = tl.where(error == 0.5 * spacing, rounded - spacing, rounded)
     return rounded
-
-
-@triton.jit
-def add_and_subtract(x, FACTOR: tl.constexpr, RULE: tl.constexpr):
-    """Numbers whose magnitude is at most the largest element's, float32, rounded to the nearest element, ties to even.
-
-    Args:
-        FACTOR: of the power of two: 1 if no number is negative, or 1.5.
-    """
-    shift = _binade(x, RULE) * (FACTOR * 2.0 ** (23 - RULE.element.mantissa_bits))
-    return (x + shift) - shift
-
-
-@triton.jit
-def _binade(x, RULE: tl.constexpr):
-    """The power of two at or below a magnitude, but no less than that from which on elements have a leading one."""
-    if RULE.element.integer:
-        return 2.0**RULE.emin
-    else:
-        binade = (x.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-        return tl.maximum(binade, 2.0**RULE.emin)
 
 
 @triton.jit

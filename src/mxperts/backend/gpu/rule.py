@@ -65,7 +65,6 @@ class BlockRule(NamedTuple):
         keep_rounded: what becomes 0 and is not 0 keeps its sign.
         nan_saturates, inf_saturates: such an element becomes the largest one; otherwise its block becomes NaN. Nothing
             here raises: who wants an error looks for NaN and Inf beforehand.
-        signed: whether numbers can be rounded with their signs: to the nearest even, and no zero keeps its sign.
     """
 
     element: ElementRule
@@ -83,7 +82,6 @@ class BlockRule(NamedTuple):
     keep_rounded: bool
     nan_saturates: bool
     inf_saturates: bool
-    signed: bool
 
 
 @lru_cache(maxsize=64)
@@ -118,8 +116,6 @@ def block_rule(fmt: BlockFormat, recipe: Recipe) -> BlockRule:
     element = fmt.element
     integer = not element.has_signed_zero
     carry, step = scale_step(recipe, element)
-    to_even = recipe.rounding is Rounding.NEAREST_EVEN
-    drops = integer or recipe.signed_zero is SignedZero.DROP
     return BlockRule(
         element=element_rule(fmt),
         scale_carry=carry,
@@ -136,5 +132,4 @@ def block_rule(fmt: BlockFormat, recipe: Recipe) -> BlockRule:
         keep_rounded=not integer and recipe.signed_zero is SignedZero.KEEP_ROUNDED,
         nan_saturates=recipe.nan is NonFinite.SATURATE,
         inf_saturates=recipe.inf is NonFinite.SATURATE,
-        signed=to_even and drops and recipe.nan is not NonFinite.SATURATE,
     )
