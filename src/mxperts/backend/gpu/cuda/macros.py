@@ -51,12 +51,15 @@ def function_macros(name: str, interleaved: bool) -> dict[str, str]:
     }
 
 
-def problem_macros(layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str) -> dict[str, str]:
+def problem_macros(
+    layout: ExpertsLayout, dtype: torch.dtype, out_dtype: torch.dtype, activation: Activation, function: str
+) -> dict[str, str]:
     """All that common.cuh asks for."""
     assert layout.weight is not None, "dense weights"
     return {
         **weight_macros(layout.weight),
         **hidden_macros(dtype, activation).macros(),
+        "RESULT": str(DTYPES[out_dtype]),
         **quantised(activation),
         **function_macros(function, layout.interleaved),
     }
