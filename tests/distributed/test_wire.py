@@ -41,7 +41,7 @@ def quantized(x: torch.Tensor, activation: Activation) -> torch.Tensor:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    assert a.dtype is b.dtype and a.shape == b.shape
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
     a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t) for t in (a, b))
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -55,7 +55,8 @@ def test_experts_make_the_same_of_what_arrives(activation: str | None, dtype: to
     scale = SCALE if parsed == FP8_STATIC else None
     wire = Wire(hidden=x.shape[1], dtype=dtype, activation=parsed, input_scale=scale, backend=backend)
     sent = wire.pack(x)
-    assert sent.dtype is torch.uint8 and sent.shape == (len(x), wire.row_bytes)
+    assert sent.dtype is torch.uint8
+    assert sent.shape == (len(x), wire.row_bytes)
     arrived = wire.unpack(sent)
     assert same_bits(arrived, quantized(x, parsed) if wire.is_packed else x)
     assert same_bits(quantized(arrived, parsed), quantized(x, parsed))

@@ -1,8 +1,8 @@
 """Tokens to the processes that have their experts, and the results back: two all-to-alls of rows.
 
 Every pair of token and expert is a row. It travels to its expert as ``Wire`` packs it and returns in what the backend
-sums in, not rounded; then the token's process sums its rows as ``fused_experts`` would have summed them. So the result is
-bit for bit that of one process which has all experts, wherever a row's result does not depend on the rows beside it:
+sums in, not rounded; then the token's process sums its rows as ``fused_experts`` would have summed them. So the result
+is bit for bit that of one process which has all experts, wherever a row's result does not depend on the rows beside it:
 always on CPU and with the reference, and on a GPU within ``batch_invariant``.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_to_all_single
+from torch.distributed import ProcessGroup, all_gather, all_to_all_single
 
 from mxperts.distributed.traffic import traffic
 from mxperts.distributed.wire import Wire
@@ -21,7 +21,11 @@ from mxperts.distributed.wire import Wire
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Rows [R, H] and the local expert of each [R] to unweighted results [R, H], not rounded to the dtype of the rows."""
 Sum = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""As ``sum_slots``: rows, position, ids, weights, out."""
+"""A backend's ``sum_slots``, the last step of its ``fused_experts`` by itself, bit for bit.
+
+It gets rows [R, H] in what the backend sums in; position int64 [T, k], the row of each slot or -1; ids int64 [T, k], the
+expert of each slot; weights float32 [T, k]; and out [T, H], which it fills with each token's weighted sum, rounded once.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,6 @@ def gather_shares(group: ProcessGroup, share: Tensor, tokens: int) -> Tensor:
     padded = share.new_zeros(each, share.shape[1])
     padded[: len(share)] = share
     whole = share.new_empty(each * group.size(), share.shape[1])
-    torch.distributed.all_gather_into_tensor(whole, padded, group=group)
+    all_gather(list(whole.split(max(1, each))), padded, group=group)
     traffic.gathered += padded.nbytes * (group.size() - 1)
     return whole[:tokens]

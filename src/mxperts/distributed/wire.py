@@ -19,8 +19,8 @@ _SCALE_BYTES = 4
 class Wire:
     """One row [H] as so many bytes, from which the experts compute what they would from the row itself, bit for bit.
 
-    A row arrives as its QDQ, and quantising that once more changes nothing (tests/distributed/test_wire.py). Only dynamic
-    fp8 in float32 is not packed: there 448 times the scale need not be the largest number again.
+    A row arrives as its QDQ, and quantising that once more changes nothing (tests/distributed/test_wire.py). Only
+    dynamic fp8 in float32 is not packed: there 448 times the scale need not be the largest number again.
 
     Attributes:
         hidden: H.

@@ -321,7 +321,7 @@ def as_input_scale(scale: InputScale, name: str, experts: int, device: torch.dev
 def _check_out_dtype(out_dtype: torch.dtype | None, call: ExpertsCall, backend: str) -> torch.dtype:
     """What the sum is rounded to; see ``fused_experts``."""
     if out_dtype is torch.float64:
-        if resolve(backend, _problem(call)).backend.load("SUMS") is not torch.float64:
+        if resolve(backend, _problem(call)).backend.sums is not torch.float64:
             raise BackendUnavailable("out_dtype=torch.float64 needs backend='reference': all others sum in float32")
     elif out_dtype not in (None, *FLOAT_DTYPES):
         raise ArgumentError(f"out_dtype must be float32, bfloat16, float16 or float64, not {out_dtype}")

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def sum_slots(rows: Tensor, position: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
-    """As ``layer.sum_token`` sums: product and sum rounded by themselves, in the order of slots."""
+    """As ``layer.sum_token`` sums: product and sum rounded by themselves, in the order of slots.
+
+    See ``mxperts.distributed.exchange.Sum``.
+    """
     total = torch.zeros(out.shape, dtype=torch.float32)
     for slot in range(position.shape[1]):
         (token,) = torch.nonzero(position[:, slot] >= 0, as_tuple=True)

@@ -191,7 +191,7 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
 
 
 def sum_slots(rows: Tensor, position: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
-    """The last step of a layer, for rows that come from elsewhere; as ``mxperts.ops.slots`` has it."""
+    """The last step of a layer, for rows that come from elsewhere; see ``mxperts.distributed.exchange.Sum``."""
     if out.numel():
         with on_device(out):
             _sum_slots(rows, position.contiguous(), weights.contiguous(), out, position.shape[1], in_place=False)

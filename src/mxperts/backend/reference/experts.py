@@ -46,7 +46,7 @@ def fused_experts(call: ExpertsCall, out: Tensor) -> None:
 
 
 def sum_slots(rows: Tensor, position: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
-    """The sum of ``fused_experts`` alone, in its order, that of experts; as ``mxperts.ops.slots`` has it."""
+    """The sum of ``fused_experts`` alone, in its order, that of experts; see ``mxperts.distributed.exchange.Sum``."""
     order = torch.sort(ids, dim=1, stable=True).indices  # [T, k]
     total = torch.zeros(out.shape, dtype=rows.dtype, device=out.device)
     for slot in order.unbind(1):

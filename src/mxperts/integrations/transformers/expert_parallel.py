@@ -1,6 +1,6 @@
 """Transformers' expert parallelism with packed weights: our ``ep_implementation`` and what a model needs for it.
 
-Needs transformers >= 5.23; importing this with an older one fails, so ``loading`` imports it only where it is asked for.
+Needs transformers >= 5.23; importing this with an older one fails: see ``quantizer.expert_parallel``.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def keep_local(model: nn.Module) -> bool:
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
-                local = nn.Parameter(parameter.detach().to_local(), requires_grad=False)
+                spread: Any = parameter
+                local = nn.Parameter(spread.detach().to_local(), requires_grad=False)
                 local._is_hf_initialized = True  # type: ignore[attr-defined]
                 module.register_parameter(name, local)
                 found = True

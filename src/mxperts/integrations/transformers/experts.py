@@ -256,8 +256,7 @@ def backend_of(module: ExpertsModule, device: torch.device, dtype: torch.dtype) 
 
 def sums_of(module: ExpertsModule, backend: Backend) -> torch.dtype:
     """In what ``backend_of`` a module sums."""
-    sums: Any = backend.load("SUMS")
-    return sums if runs_fused(module) else torch.float32
+    return backend.sums if runs_fused(module) else torch.float32
 
 
 def runs_fused(module: ExpertsModule) -> bool:

@@ -65,7 +65,7 @@ def load(
         backend: what runs the quantised modules: "auto" or a backend's name.
         dtype: of everything that is not quantised, and of hidden states; "auto" takes the checkpoint's.
         **kwargs: for Transformers' ``from_pretrained``. With ``distributed_config``, a ``DistributedConfig`` whose
-            ``ep_size`` is the number of processes, each process holds its share of the experts: docs/expert_parallel.md.
+            ``ep_size`` is the number of processes, each has its share of the experts: see docs/expert_parallel.md.
 
     Returns:
         A Transformers model. Every quantised weight stays packed, and inputs are quantised as the checkpoint or the
