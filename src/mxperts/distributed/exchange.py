@@ -23,8 +23,9 @@ Experts = Callable[[Tensor, Tensor], Tensor]
 Sum = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """A backend's ``sum_slots``, the last step of its ``fused_experts`` by itself, bit for bit.
 
-It gets rows [R, H] in what the backend sums in; position int64 [T, k], the row of each slot or -1; ids int64 [T, k], the
-expert of each slot; weights float32 [T, k]; and out [T, H], which it fills with each token's weighted sum, rounded once.
+It gets rows [R, H] in what the backend sums in; position int64 [T, k], the row of each slot or -1; ids int64 [T, k],
+the expert of each slot; weights float32 [T, k]; and out [T, H], which it fills with each token's weighted sum, rounded
+once.
 """
 
 

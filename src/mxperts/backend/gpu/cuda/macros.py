@@ -42,6 +42,11 @@ def hidden_macros(dtype: torch.dtype, activation: Activation) -> Hidden:
     return Hidden(number, 1 if isinstance(activation, BlockFormat) else number + 1)
 
 
+def result_macros(dtype: torch.dtype) -> dict[str, str]:
+    """What results are rounded to."""
+    return {"RESULT": str(DTYPES[dtype])}
+
+
 def function_macros(name: str, interleaved: bool) -> dict[str, str]:
     """The activation function."""
     return {
@@ -59,7 +64,7 @@ def problem_macros(
     return {
         **weight_macros(layout.weight),
         **hidden_macros(dtype, activation).macros(),
-        "RESULT": str(DTYPES[out_dtype]),
+        **result_macros(out_dtype),
         **quantised(activation),
         **function_macros(function, layout.interleaved),
     }
