@@ -20,7 +20,8 @@ E, H, INTERMEDIATE, K = 6, 96, 64, 3
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Any]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    transport = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
 
@@ -75,6 +76,7 @@ def test_bits_are_those_of_the_operation(group: Any, activation: str | None, dty
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("activation", [None, "mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "fp8_dynamic"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -67,4 +68,4 @@ def main(out: Path, cases: list[tuple[str, str | None]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), eval(sys.argv[2]))
+    main(Path(sys.argv[1]), [tuple(case) for case in json.loads(sys.argv[2])])

@@ -35,6 +35,7 @@ def together() -> Iterator[None]:
     if count() == 1:
         yield
         return
+    mine = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:
         if number() > 0:
             sys.stdout = sys.stderr = nowhere
@@ -45,7 +46,7 @@ def together() -> Iterator[None]:
             leave(end.code if isinstance(end.code, int) else int(end.code is not None))
             raise
         finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            sys.stdout, sys.stderr = mine
 
 
 def leave(code: int) -> None:
