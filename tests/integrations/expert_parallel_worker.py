@@ -55,6 +55,11 @@ def main(out: Path, cases: list[tuple[str, str | None]]) -> None:
     results["install"] = logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=named))
 
     model = mx.load(folder, distributed_config=experts_only)
+    results["with gradients"] = model(tokens()).logits.detach()
+    try:
+        model(tokens()).logits.sum().backward()
+    except RuntimeError as error:
+        results["backward"] = str(error)
     generated = model.generate(tokens(), max_new_tokens=5, do_sample=False)
     results["generate"] = generated
     try:

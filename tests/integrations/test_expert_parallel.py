@@ -117,6 +117,8 @@ def test_other_ways_to_ask_for_it(spread: tuple[int, Any]) -> None:
     assert torch.equal(found["fsdp"]["logits"], expected)
     assert found["fsdp"]["traffic"]["exchanges"] > 0
     assert torch.equal(found["install"], expected)
+    assert torch.equal(found["with gradients"], expected)
+    assert "no autograd formula" in found["backward"]
     assert torch.equal(found["generate"], model.generate(tokens(), max_new_tokens=5, do_sample=False))
 
 

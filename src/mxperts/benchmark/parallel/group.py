@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -52,6 +53,7 @@ class Group:
         if error is None:  # else it would wait for the others
             dist.destroy_process_group()
 
+    @cached_property
     def mesh(self) -> DeviceMesh:
         """Experts over all processes, each of which has a batch of its own."""
         return init_device_mesh(self.kind, (self.size, 1), mesh_dim_names=("ep", "tp"))

@@ -175,7 +175,7 @@ class _Layers:
             activation=problem.scheme.activation,
             input_scale=None if scales is None else scales[0],
         )
-        group = self.group.mesh().get_group("ep")
+        group = self.group.mesh.get_group("ep")
         exchange = Exchange(group=group, experts=self.each, wire=wire, sums=self.backend.sums)
 
         def experts(rows: Tensor, expert: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class _Layers:
         def experts(rows: Tensor, expert: Tensor, weights: Tensor) -> Tensor:
             return self._experts(inputs, self.share, rows, expert, weights) if works else rows
 
-        mesh = self.group.mesh()
+        mesh = self.group.mesh
         module = SimpleNamespace(forward=experts, num_experts=self.each)
         exchange = AllToAllEP(module, mesh["ep"], mesh["tp"])
 

@@ -38,32 +38,36 @@ IMPLEMENTATION = "mxperts"
 class MXExpertParallel(EPImplementation):  # type: ignore[misc]
     """Tokens travel to their experts in the activation format, results travel back unrounded: see ``Exchange``.
 
-    Experts that are not packed, and training, are left to Transformers' own implementation.
+    Experts that are not packed are left to Transformers' own implementation.
     """
 
     def __init__(self, experts: ExpertsModule, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
-        self.stock = AutoEP(experts, ep_mesh, tp_mesh)
+        packed = isinstance(getattr(experts, "mxperts", None), Stacked)
+        self.stock = None if packed else AutoEP(experts, ep_mesh, tp_mesh)
         self._exchange = lru_cache(self._make_exchange)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output [T, H] for the tokens [T, H] that this process holds."""
-        trains = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-        if trains or not isinstance(getattr(self.experts, "mxperts", None), Stacked):
+        if self.stock is not None:
             stock: Tensor = self.stock(hidden_states, top_k_index, top_k_weights)
             return stock
         exchange, backend = self._exchange(hidden_states.device, hidden_states.dtype, hidden_states.shape[1])
         tokens, group = len(hidden_states), self.tp_mesh.get_group()
         share = own_share(group, tokens)
-        y = exchange(
+        y: Tensor = exchange(
             hidden_states[share],
             top_k_index[share],
             top_k_weights[share],
             lambda rows, expert: expert_rows(self.experts, rows, expert, exchange.sums),
             backend.load("sum_slots"),
         )
-        return y if group.size() == 1 else gather_shares(group, y, tokens)
+        y = y if group.size() == 1 else gather_shares(group, y, tokens)
+        if hidden_states.requires_grad:
+            mark: Any = _WithoutGradient.apply
+            y = mark(hidden_states, y)
+        return y
 
     def _make_exchange(self, device: torch.device, dtype: torch.dtype, hidden: int) -> Any:
         packed: Stacked = self.experts.mxperts
@@ -77,6 +81,18 @@ class MXExpertParallel(EPImplementation):  # type: ignore[misc]
         )
         sums = sums_of(self.experts, backend)
         return Exchange(group=self.ep_mesh.get_group(), experts=self.num_local_experts, wire=wire, sums=sums), backend
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The second tensor, as a function of the first of which nobody knows the gradient: as ``fused_experts`` has it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("packed experts have no autograd formula: they cannot be trained")
 
 
 EPImplementationInterface.register(IMPLEMENTATION, MXExpertParallel)
