@@ -16,7 +16,7 @@ from mxperts.cli import app, processes
 
 def torchrun(n: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    return subprocess.run([*launch, "-m", "mxperts", *arguments], capture_output=True, text=True, timeout=600)
+    return subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -29,18 +29,34 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_generate_the_text_of_one(checkpoint: Path, runner: CliRunner) -> None:
     arguments = ["generate", str(checkpoint), "--scheme", "w4a4", "-p", "Now is", "-n", "6"]
     one = runner.invoke(app, arguments)
-    two = torchrun(2, *arguments)
+    two = torchrun(2, "-m", "mxperts", *arguments)
     assert two.returncode == 0, two.stderr[-3000:]
     assert two.stdout == one.stdout != ""
     assert two.stderr.count("6 tokens in") == 1
 
 
-def test_an_error_ends_all_processes_and_is_said(checkpoint: Path) -> None:
-    done = torchrun(3, "generate", str(checkpoint), "--scheme", "w4a4", "-p", "Now is", "-n", "6")
+FAILING = """
+import importlib, os, sys
+from mxperts.cli import main
+from mxperts.errors import MxpertsError
+generate = importlib.import_module("mxperts.cli.generate")
+proceed = generate.continue_text
+def continue_text(*args, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise MxpertsError("only here")
+    return proceed(*args, **kwargs)
+generate.continue_text = continue_text
+main()
+"""
+
+
+def test_an_error_in_one_process_ends_all(checkpoint: Path, tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = torchrun(2, str(script), "generate", str(checkpoint), "--scheme", "w4a4", "-p", "Now is", "-n", "6")
     assert done.returncode == 1
-    assert "4 experts cannot be spread evenly over 3 processes" in done.stderr
-    assert "Traceback" not in done.stderr.partition("cannot be spread")[0]
-    assert done.stdout == ""
+    assert "process 1 of 2: error: only here" in done.stderr
+    assert "tokens in" not in done.stderr
 
 
 @pytest.mark.usefixtures("second_of_two")
