@@ -39,7 +39,7 @@ found = {}
 for name, recipe, whole in (("mxfp4", Recipe(), True), ("mxfp6_e2m3", everything, False), ("mxint8", everything, True)):
     rule = block_rule(format(name), recipe)
     blocks = {"WHOLE": whole, "COUNT": quantize.blocks_per_program(1 << 20, 2)}
-    found["quantize " + name] = assembly(quantize._quantize, RULE=rule, **blocks)
+    found["quantize " + name] = assembly(quantize._quantize, RULE=rule, PIECES=quantize.PIECES, **blocks)
     found["dequantize " + name] = assembly(quantize._dequantize, ELEMENT=rule.element, **blocks)
     found["fake_quantize " + name] = assembly(quantize._fake_quantize, RULE=rule, **blocks)
 found["fp8_static"] = assembly(quantize._fake_quantize_fp8_static, COUNT=4096)

@@ -88,6 +88,26 @@ def test_random_numbers(i: int, fmt: str, activation_format: str | None, kernel:
     bounds.assert_within(y, bounds_of(layer, kernel))
 
 
+@pytest.mark.parametrize("path", ["cuda", "triton"])
+@pytest.mark.parametrize("tokens", [1, 3, 300])
+def test_exact_accumulation(tokens: int, path: str) -> None:
+    """The first projection within 1e-6 of float64, so its square within 2e-6; the second adds as much as the first."""
+    K, g = 4096, torch.Generator().manual_seed(0)
+    gate_up = mx.quantize(torch.randn(E, K, K, generator=g), "mxfp4", backend="reference")
+    down = mx.quantize(torch.randn(E, 64, K, generator=g), "mxfp4", backend="reference")
+    x, router = torch.randn(tokens, K, generator=g), torch.rand(tokens, 2, generator=g)
+    ids = torch.randint(E, (tokens, 2), generator=g)
+    gate_up, down, x, ids, router = to("cuda", (gate_up, down, x, ids, router))
+    how = {"activation": "relu2_no_mul", "accumulation": "exact", "backend": "gpu"}
+    with paths.use_path(path):
+        weights = (mx.prepare(gate_up, down, backend="gpu"), None) if path == "cuda" else (gate_up, down)
+        y = mx.fused_experts(x, *weights, ids, router, **how)
+    h = torch.einsum("tk,enk->ten", x.double(), mx.dequantize(gate_up, torch.float64)).relu().square()
+    each = torch.einsum("tek,enk->ten", h, mx.dequantize(down, torch.float64))
+    expected = (each.gather(1, ids[:, :, None].expand(-1, -1, 64)) * router[:, :, None]).sum(1)
+    assert (y.double() - expected).norm() <= 2.3e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_prepared_weights_come_back(fmt: str) -> None:
     layer = CudaLayer(3, fmt, None, integers=False)

@@ -200,6 +200,13 @@ def test_without_wgmma_every_product_is_narrow() -> None:
         assert product.shares == (1, 1) or not invariant
 
 
+def test_exact_sums_are_not_left_to_wgmma() -> None:
+    product = grouped.choose_product(10000, 8, TILES, 3, HOPPER, exact=True)
+    assert not product.is_wide
+    assert product.exact
+    assert not grouped.choose_product(8, 8, TILES, 3, HOPPER).exact
+
+
 @pytest.mark.parametrize("device", [HOPPER, AMPERE, SMALLEST])
 @pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=str)
 def test_blocks_fit(fmt: mx.BlockFormat, device: grouped.Device) -> None:

@@ -31,7 +31,7 @@ LAUNCH = {
     "single": {"WARPS1": "8", "DEEP1": "1", "WARPS2": "16", "DEEP2": "2"},
     "sort": {**GROUPED, "SEGMENTS": "32", "EXPERTS": "64"},
     "inputs": {**GROUPED, "SECOND": "0"},
-    "narrow": {**GROUPED, "SHARE": "1", "CHUNK": "16", "DEPTH": "4", "BLOCKS": "1"},
+    "narrow": {**GROUPED, "SHARE": "1", "CHUNK": "16", "DEPTH": "4", "BLOCKS": "1", "EXACT": "0"},
     "wide": {**GROUPED, "STAGES": "4"},
     "combine": GROUPED,
 }
@@ -63,7 +63,7 @@ def test_every_choice_compiles(source: str, i: int, tmp_path: Path, monkeypatch:
         elif source == "wide":
             macros.update(STEP_N="16", LEAST_N="64")
         if source == "narrow":
-            macros.update(SHARE=str(2 ** (i % 3)), UNITS=str(8 >> i % 3))
+            macros.update(SHARE=str(2 ** (i % 3)), UNITS=str(8 >> i % 3), EXACT=str(i // 3 % 2))
         code = compiler.machine_code(source, macros, capability)
         assert code[:4] == b"\x7fELF"
     assert len(list(tmp_path.iterdir())) == len(capabilities)

@@ -60,15 +60,14 @@ def store_codes(packed_ptr, codes, rows, row_mask, ELEMENT: tl.constexpr):
     """Pack and store whole rows of codes.
 
     Args:
-        packed_ptr: to uint8 [..., K * bits / 8], contiguous.
-        codes: int32 [R, K], bits above the code's width 0.
+        packed_ptr: to uint8 [..., K * bits / 8], contiguous, at a multiple of 4 bytes.
+        codes: int32 [R, K], K a multiple of 16, bits above the code's width 0.
         rows: [R], the row's number.
         row_mask: int1 [R], which rows to store.
         ELEMENT: from ``rule.element_rule``.
     """
     groups: tl.constexpr = codes.shape[1] // ELEMENT.pack_elements
-    columns = tl.arange(0, groups) * ELEMENT.pack_bytes
-    at = packed_ptr + (rows * (groups * ELEMENT.pack_bytes))[:, None] + columns[None, :]
+    at = packed_ptr + (rows * (groups * ELEMENT.pack_bytes))[:, None] + tl.arange(0, groups)[None, :]
     mask = row_mask[:, None]
     if ELEMENT.bits == 8:
         tl.store(at, codes.to(tl.uint8), mask=mask)
@@ -77,10 +76,20 @@ def store_codes(packed_ptr, codes, rows, row_mask, ELEMENT: tl.constexpr):
         tl.store(at, (low + high * 16).to(tl.uint8), mask=mask)
     else:
         tl.static_assert(ELEMENT.bits == 6, "codes have 4, 6 or 8 bits")
-        even, odd = tl.split(tl.reshape(codes, [codes.shape[0], groups, 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        word = first + second * 64 + third * 4096 + fourth * 262144
-        tl.store(at, word.to(tl.uint8), mask=mask)
-        tl.store(at + 1, (word >> 8).to(tl.uint8), mask=mask)
-        tl.store(at + 2, (word >> 16).to(tl.uint8), mask=mask)
+        # 16 codes are three words; a byte a store would be slower than memory
+        first, second, third, fourth = _in_fours(codes)
+        first, second, third, fourth = _in_fours(first + second * (1 << 6) + third * (1 << 12) + fourth * (1 << 18))
+        words = packed_ptr.to(tl.pointer_type(tl.int32)) + (rows * (groups * ELEMENT.pack_bytes // 4))[:, None]
+        words += tl.arange(0, groups // 4)[None, :] * 3
+        tl.store(words, first | (second << 24), mask=mask)
+        tl.store(words + 1, (second >> 8) | (third << 16), mask=mask)
+        tl.store(words + 2, (third >> 16) | (fourth << 8), mask=mask)
+
+
+@triton.jit
+def _in_fours(x):
+    """The first, second, third and fourth of every four: [R, K / 4] each of ``x`` [R, K]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth

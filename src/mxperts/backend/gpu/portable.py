@@ -114,6 +114,8 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
     tokens, k = ids.shape
     pairs, device = tokens * k, x.device
     operand = operand_dtype(hidden_dtype, layout.weight, activation_format)
+    if call.accumulation == "exact":
+        operand = torch.float32  # sums within matrix units may be truncated
     tiles1 = choose_tiles(pairs, layout.experts, operand, gated=layout.gated)
     tiles2 = choose_tiles(pairs, layout.experts, operand, gated=False)
     expert_map = None if call.expert_map is None else call.expert_map.contiguous()

@@ -23,6 +23,10 @@ WARPS = 4
 """Warps of a program."""
 LOADS = 4
 """16-byte loads that a thread has in flight."""
+PIECES = 4
+"""Of a block that is quantised: a thread then has it whole, or half, and does little twice."""
+MOST_COLUMNS = 8192
+"""Of a token that a program keeps in registers; more are read twice."""
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -43,10 +47,10 @@ def quantize(
     scales = torch.empty((*shape, fmt.blocks(k)), dtype=torch.uint8, device=x.device)
     blocks = scales.numel()
     if blocks:
-        rows, count = _rows(x), blocks_per_program(blocks, x.element_size())
+        rows, count = _rows(x), blocks_per_program(blocks, 2)
         with on_device(x):
             _quantize[(triton.cdiv(blocks, count),)](
-                rows, packed, scales, blocks, k, rows.stride(0), block_rule(fmt, recipe), _whole(rows), count,
+                rows, packed, scales, blocks, k, rows.stride(0), block_rule(fmt, recipe), _whole(rows), count, PIECES,
                 num_warps=WARPS,
             )  # fmt: skip
     return packed, scales
@@ -126,13 +130,13 @@ def fake_quantize_fp8_dynamic(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         tokens, k = _rows(x), x.shape[-1]
-        budget = BLOCK * blocks_per_program(-(-x.numel() // BLOCK), x.element_size())
-        columns = min(triton.next_power_of_2(k), budget)
-        rows = min(budget // columns, triton.next_power_of_2(tokens.shape[0]))
+        few = BLOCK * blocks_per_program(-(-x.numel() // BLOCK), x.element_size())
+        columns = min(triton.next_power_of_2(k), MOST_COLUMNS)
+        rows = min(max(few // columns, 1), triton.next_power_of_2(tokens.shape[0]))
         with on_device(x):
             _fake_quantize_fp8_dynamic[(triton.cdiv(tokens.shape[0], rows),)](
                 tokens, out, tokens.shape[0], k, tokens.stride(0), rows, columns, triton.cdiv(k, columns),
-                num_warps=WARPS,
+                num_warps=WARPS if columns <= few else 2 * WARPS,
             )  # fmt: skip
     return out
 
@@ -174,34 +178,40 @@ def _whole(rows: Tensor) -> bool:
 
 
 @triton.jit
-def _place(blocks, k, row_stride, WHOLE: tl.constexpr, COUNT: tl.constexpr):
+def _place(blocks, k, row_stride, WHOLE: tl.constexpr, COUNT: tl.constexpr, PIECES: tl.constexpr):
     """Which blocks a program has, and where their numbers are.
+
+    Triton gives a thread 16 bytes of a block's piece, and those of all its pieces: with four, all or half of the block.
 
     Returns:
         The first block, int64; [COUNT] which of those from there on exist; what is to be added to the address of the
-        tensor for the first of them; from there, the offsets [COUNT, 32] of their numbers; and which numbers exist.
+        tensor for the first of them; from there, the offsets [COUNT, PIECES, 32 / PIECES] of their numbers; and which
+        numbers exist.
     """
+    width: tl.constexpr = _BLOCK // PIECES
     first = tl.program_id(0).to(tl.int64) * COUNT
     block = tl.arange(0, COUNT)
     exists = block < blocks - first
-    within = tl.arange(0, _BLOCK)[None, :]
+    within = (tl.arange(0, PIECES) * width)[None, :, None] + tl.arange(0, width)[None, None, :]
     if WHOLE:
-        return first, exists, first * _BLOCK, block[:, None] * _BLOCK + within, exists[:, None]
+        return first, exists, first * _BLOCK, block[:, None, None] * _BLOCK + within, exists[:, None, None]
     else:
         in_row = (k + _BLOCK - 1) // _BLOCK
         row = (first + block) // in_row
         column = ((first + block) - row * in_row) * _BLOCK
-        mask = exists[:, None] & (column[:, None] + within < k)
-        return first, exists, 0, (row * row_stride + column)[:, None] + within, mask
+        mask = exists[:, None, None] & (column[:, None, None] + within < k)
+        return first, exists, 0, (row * row_stride + column)[:, None, None] + within, mask
 
 
 @triton.jit
 def _quantize(
-    x_ptr, packed_ptr, scales_ptr, blocks, k, row_stride, RULE: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr
-):
+    x_ptr, packed_ptr, scales_ptr, blocks, k, row_stride,
+    RULE: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
     ELEMENT: tl.constexpr = RULE.element
-    first, exists, start, offsets, mask = _place(blocks, k, row_stride, WHOLE, COUNT)
-    x = to_float32(tl.load(x_ptr + start + offsets, mask=mask, other=0.0))
+    first, exists, start, offsets, mask = _place(blocks, k, row_stride, WHOLE, COUNT, PIECES)
+    x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0)
+    x = to_float32(tl.reshape(x, [COUNT, _BLOCK]))
     codes, scales = quantize_blocks(x, RULE)
     block = tl.arange(0, COUNT)
     store_codes(packed_ptr + first * (_BLOCK * ELEMENT.bits // 8), codes, block, exists, ELEMENT)
@@ -212,21 +222,21 @@ def _quantize(
 def _dequantize(
     packed_ptr, scales_ptr, out_ptr, blocks, k, ELEMENT: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr
 ):
-    first, exists, start, offsets, mask = _place(blocks, k, k, WHOLE, COUNT)
+    first, exists, start, offsets, mask = _place(blocks, k, k, WHOLE, COUNT, 1)
     block = tl.arange(0, COUNT)
     packed_ptr += first * (_BLOCK * ELEMENT.bits // 8)
     codes = load_codes(packed_ptr, block, exists, 0, _BLOCK // ELEMENT.pack_elements, _BLOCK, ELEMENT)
     scales = tl.load(scales_ptr + first + block, mask=exists, other=0).to(tl.int32)
     values = decode_codes(codes, ELEMENT) * scale_factors(scales)[:, None]
-    tl.store(out_ptr + start + offsets, from_float32(values, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + start + offsets, from_float32(values, out_ptr.dtype.element_ty)[:, None, :], mask=mask)
 
 
 @triton.jit
 def _fake_quantize(x_ptr, out_ptr, blocks, k, row_stride, RULE: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr):
-    at = _place(blocks, k, row_stride, WHOLE, COUNT)
+    at = _place(blocks, k, row_stride, WHOLE, COUNT, 1)
     x = to_float32(tl.load(x_ptr + at[2] + at[3], mask=at[4], other=0.0))
     values = from_float32(qdq_blocks(x, RULE), out_ptr.dtype.element_ty)
-    at = _place(blocks, k, k, WHOLE, COUNT)  # without the gaps that there may be between rows of x
+    at = _place(blocks, k, k, WHOLE, COUNT, 1)  # without the gaps that there may be between rows of x
     tl.store(out_ptr + at[2] + at[3], values, mask=at[4])
 
 
@@ -248,20 +258,30 @@ def _fake_quantize_fp8_static(x_ptr, scale_ptr, out_ptr, run, chunks, COUNT: tl.
 def _fake_quantize_fp8_dynamic(
     x_ptr, out_ptr, tokens, k, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """Whole tokens; they are read once for the largest magnitude and once, from the cache, to be rounded."""
+    """Whole tokens; long ones are read once for the largest magnitude and once, from the cache, to be rounded.
+
+    Magnitudes are compared as integers: there NaN is above Inf.
+    """
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = (token < tokens)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     x_at, out_at = x_ptr + (token * row_stride)[:, None] + columns, out_ptr + (token * k)[:, None] + columns
+    out_type: tl.constexpr = out_ptr.dtype.element_ty
+    if CHUNKS == 1:
+        mask = exists & (columns < k)
+        x = to_float32(tl.load(x_at, mask=mask, other=0.0))
+        scale = fp8_scale_of(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))[:, None]
+        tl.store(out_at, from_float32(fake_quantize_fp8(x, scale), out_type), mask=mask)
+        return
     amax = tl.zeros([ROWS], tl.int32)
     for chunk in range(0, CHUNKS):
         start = chunk * COLUMNS
         x = to_float32(tl.load(x_at + start, mask=exists & (columns < k - start), other=0.0))
         magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        amax = tl.maximum(amax, tl.max(magnitude, axis=1))  # as integers NaN is above Inf
+        amax = tl.maximum(amax, tl.max(magnitude, axis=1))
     scale = fp8_scale_of(amax)[:, None]
     for chunk in range(0, CHUNKS):
         start = chunk * COLUMNS
         mask = exists & (columns < k - start)
         x = to_float32(tl.load(x_at + start, mask=mask, other=0.0))
-        tl.store(out_at + start, from_float32(fake_quantize_fp8(x, scale), out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_at + start, from_float32(fake_quantize_fp8(x, scale), out_type), mask=mask)

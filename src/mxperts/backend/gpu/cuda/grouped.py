@@ -52,12 +52,14 @@ class Product:
         units: of 32 rows that a block of ``wide`` computes, 8 or 16.
         blocks: on a multiprocessor.
         shares: warps of ``narrow`` that share the K of a unit of rows, of each projection; 0 for the kernel ``wide``.
+        exact: whether ``narrow`` adds up blocks of K in float32, and not within the matrix units.
     """
 
     tile: int
     units: int = 8
     blocks: int = 1
     shares: tuple[int, int] = (0, 0)
+    exact: bool = False
 
     @property
     def is_wide(self) -> bool:
@@ -109,8 +111,9 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
     pairs, dtype, activation, device = tokens * k, call.hidden_states.dtype, call.activation_format, out.device
     index, stream = current(device)
     planes = hidden_macros(dtype, activation).planes
+    exact = call.accumulation == "exact" or dtype is torch.float32
     product = choose_product(
-        pairs, layout.experts, (first, second), planes, device_of(index), invariant=is_batch_invariant()
+        pairs, layout.experts, (first, second), planes, device_of(index), invariant=is_batch_invariant(), exact=exact
     )
     kernels = _kernels(layout, dtype, out.dtype, activation, call.activation.name, product, index)
     rows = pairs if given.per_expert1 else tokens
@@ -175,7 +178,14 @@ def device_of(index: int) -> Device:
 
 @lru_cache(maxsize=1024)
 def choose_product(
-    pairs: int, experts: int, projections: tuple[Tiles, Tiles], planes: int, device: Device, *, invariant: bool = False
+    pairs: int,
+    experts: int,
+    projections: tuple[Tiles, Tiles],
+    planes: int,
+    device: Device,
+    *,
+    invariant: bool = False,
+    exact: bool = False,
 ) -> Product:
     """What computes so many pairs, each expert's being about as many.
 
@@ -186,11 +196,13 @@ def choose_product(
         planes: bf16 numbers of an input: they share the shared memory with the weights' codes.
         device: that computes.
         invariant: whether it must add up alike for any number of pairs.
+        exact: whether sums must be as exact as float32 has them: those of matrix units are truncated.
     """
     each = pairs / active_experts(pairs, experts)
-    if device.wgmma and (invariant or each > MOST_NARROW):
+    if device.wgmma and (invariant or each > MOST_NARROW) and not exact:
         return wide(each, planes)
-    return narrow(pairs, each, projections, planes, device, (1,) if invariant else _SHARES)
+    product = narrow(pairs, each, projections, planes, device, (1,) if invariant else _SHARES)
+    return replace(product, exact=exact)
 
 
 def wide(each: float, planes: int) -> Product:
@@ -295,7 +307,7 @@ def _kernels(
     }
 
     def kernel(name: str, threads: int, shared_bytes: int = 0, **more: int) -> Kernel:
-        every = {**macros, **{k: str(v) for k, v in more.items()}}
+        every = {**macros, **{k: str(int(v)) for k, v in more.items()}}
         return Kernel(name, every, device, threads=threads, shared_bytes=shared_bytes)
 
     slice_bytes = Tiles(format=layout.weight, rows=UNIT_ROWS, k=STEP).slice_bytes
@@ -313,6 +325,7 @@ def _kernels(
                 CHUNK=chunk(product.tile, n, planes),
                 DEPTH=_DEPTH,
                 BLOCKS=product.blocks,
+                EXACT=product.exact,
             )
             for n in product.shares
         ]

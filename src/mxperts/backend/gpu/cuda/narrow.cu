@@ -6,6 +6,7 @@
 //   DEPTH     slices that a warp has room for
 //   CHUNK     steps of 64 of K whose inputs are in shared memory, twice; SHARE * (DEPTH - 1) at least
 //   BLOCKS    blocks on a multiprocessor
+//   EXACT     whether products of a block of 32 of K are added up in float32: sums within mma.sync are truncated
 #include "overlap.cuh"
 #include "product.cuh"
 #include "weights.cuh"
@@ -35,13 +36,18 @@ template <int N, int J> DI void multiply_block(float (&c)[2][N / 8][4], const Sl
   decode_block<J>(slice, a);
 #pragma unroll
   for (int j = 0; j < N / 8; j++) {
+    float block[2][4] = {};
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
       const Quad b = load_shared4<0>(tokens + plane * PLANE + j * 8 * ROW);
 #pragma unroll
-      for (int i = 0; i < 2; i++) mma(c[i][j], a[i][0], b.x, b.y);
+      for (int i = 0; i < 2; i++) mma(EXACT ? block[i] : c[i][j], a[i][0], b.x, b.y);
 #pragma unroll
-      for (int i = 0; i < 2; i++) mma(c[i][j], a[i][1], b.z, b.w);
+      for (int i = 0; i < 2; i++) mma(EXACT ? block[i] : c[i][j], a[i][1], b.z, b.w);
+    }
+    if constexpr (EXACT) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) c[i / 4][j][i % 4] += block[i / 4][i % 4];
     }
   }
 }

@@ -57,9 +57,9 @@ DI void multiply_row(float (&sums)[2], const Codes& codes, u32 scales, const Qua
     multiply_block_by_row<0>(sums, codes, scales, x);
     multiply_block_by_row<1>(sums, codes, scales, x);
   } else {
-    float c[4] = {sums[0], 0.f, sums[1], 0.f};
+    float c[4] = {};  // sums within mma.sync are truncated: they are kept short
     multiply_cell(c, codes, scales, x);
-    sums[0] = c[0], sums[1] = c[2];
+    sums[0] += c[0], sums[1] += c[2];
   }
 }
 
