@@ -416,3 +416,34 @@ def test_errors_of_interleaved_and_prepared() -> None:
         call(x, prepared, None, ids, w, interleaved=True)
     with pytest.raises(mx.ArgumentError, match="'silu_no_mul' has no gate and up rows"):
         call(x, prepared, None, ids, w, activation="silu_no_mul")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_out_dtype_is_what_the_sum_is_rounded_to(backend: str, eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxperts.ops import experts as ops
+
+    if not eager:
+        monkeypatch.setattr(ops, "is_eager", lambda *tensors: False)
+    x, gate_up, down, ids, w = make(21)
+    y = call(x, gate_up, down, ids, w, backend=backend)
+    wide = call(x, gate_up, down, ids, w, out_dtype=torch.float32, backend=backend)
+    assert wide.dtype is torch.float32
+    assert torch.equal(wide.to(x.dtype), y)
+    assert not torch.equal(wide, y.to(torch.float32))
+    out = torch.empty_like(wide)
+    assert call(x, gate_up, down, ids, w, out_dtype=torch.float32, out=out, backend=backend) is out
+    assert torch.equal(out, wide)
+
+
+def test_only_the_reference_sums_in_float64() -> None:
+    x, gate_up, down, ids, w = make(22)
+    wide = call(x, gate_up, down, ids, w, out_dtype=torch.float64, backend="reference")
+    assert wide.dtype is torch.float64
+    assert torch.equal(wide.float().to(x.dtype), call(x, gate_up, down, ids, w, backend="reference"))
+    with pytest.raises(mx.BackendUnavailable, match="float64 needs backend='reference'"):
+        call(x, gate_up, down, ids, w, out_dtype=torch.float64, backend="cpu")
+    with pytest.raises(mx.ArgumentError, match="out_dtype must be float32"):
+        call(x, gate_up, down, ids, w, out_dtype=torch.int8)
+    with pytest.raises(mx.ArgumentError, match=r"out must be torch\.float32 of shape"):
+        call(x, gate_up, down, ids, w, out_dtype=torch.float32, out=torch.empty_like(x))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import mxperts
+from mxperts.cli import processes
 from mxperts.cli.bench import bench
 from mxperts.cli.chat import chat
 from mxperts.cli.convert import convert
@@ -17,10 +19,9 @@ from mxperts.cli.doctor import doctor
 from mxperts.cli.eval import evaluate
 from mxperts.cli.generate import generate
 from mxperts.cli.inspect import inspect
-from mxperts.cli.output import say
 from mxperts.cli.quantize import quantize
 from mxperts.cli.serve import ServeCommand, serve
-from mxperts.errors import MxpertsError
+from mxperts.errors import ArgumentError, MxpertsError
 
 
 class _Commands(TyperGroup):
@@ -32,7 +33,7 @@ class _Commands(TyperGroup):
         except (MxpertsError, OSError, ImportError) as error:
             if ctx.params["debug"] or isinstance(error, BrokenPipeError):
                 raise
-            say(f"error: {error}")
+            processes.complain(f"error: {error}")
             raise typer.Exit(1) from None
 
 
@@ -53,14 +54,23 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+IN_PROCESSES = ("generate", "eval", "bench")
+"""Commands that torchrun may start."""
+
+
 @app.callback()
 def _options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> None:
-    pass
+    if processes.count() > 1 and ctx.invoked_subcommand not in IN_PROCESSES:
+        raise ArgumentError(
+            f"`mxperts {ctx.invoked_subcommand}` runs in one process; start it without torchrun, which is for "
+            + ", ".join(IN_PROCESSES)
+        )
 
 
 app.command(epilog='Example: mxperts generate --prompt "KING RICHARD." --scheme w4a16 --max-new-tokens 60')(generate)
@@ -77,10 +87,13 @@ app.command(epilog="Example: mxperts doctor --output json")(doctor)
 
 def main() -> None:
     """The console script: as ``app``, and errors that nobody foresaw end in one message too."""
-    try:
-        app(prog_name="mxperts")
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        say(f"internal error: {type(error).__name__}: {error}; `mxperts --debug …` shows where")
-        sys.exit(1)
+    with processes.together():
+        try:
+            app(prog_name="mxperts")
+        except Exception as error:
+            if "--debug" in sys.argv:
+                processes.complain(traceback.format_exc())
+            else:
+                kind = type(error).__name__
+                processes.complain(f"internal error: {kind}: {error}; `mxperts --debug …` shows where")
+            sys.exit(1)

@@ -23,10 +23,14 @@ from mxperts.benchmark.model import (
 )
 from mxperts.benchmark.model.row import LEFT as MODEL_LEFT
 from mxperts.benchmark.model.row import model_table
+from mxperts.benchmark.parallel import LEFT as EP_LEFT
+from mxperts.benchmark.parallel import OURS, Group, bench_ep, ep_table
 from mxperts.benchmark.plot import plot
 from mxperts.benchmark.problem import SHAPES, check_device
+from mxperts.cli import processes
 from mxperts.cli.options import ModelArgument, OutputOption, ThreadsOption, resolve_model, use_threads
 from mxperts.cli.output import Table, say, show
+from mxperts.errors import ArgumentError
 from mxperts.evaluation.plot import drawing
 from mxperts.evaluation.schemes import parse
 
@@ -203,6 +207,69 @@ def model(
     )
     if any(row.status is Status.WRONG for row in rows):
         raise typer.Exit(1)
+
+
+@bench.command(
+    epilog="Example: torchrun --nproc-per-node 4 -m mxperts bench ep qwen3-30b-a3b --device cuda --schemes w4a16,w4a4"
+)
+def ep(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SHAPES]...",
+            help=f"Sizes E,k,H,I, or names: {', '.join(SHAPES)}. Default: small.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens of each process, separated by commas.")] = "1,64,512",
+    schemes: Annotated[str, typer.Option(help="Names separated by commas, 'common' or 'all'.")] = "w4a16,w4a4",
+    time_budget: Annotated[float, typer.Option(min=0, help="Seconds for each of what is timed.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, states and routings.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu, joined by gloo, or cuda, by NCCL.")] = "cpu",
+    threads: ThreadsOption = None,
+    save: SaveOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Time one layer whose experts are spread over processes, count what they send, and compare bits with one process.
+
+    torchrun starts the processes; without it there is one. Beside our exchange stands that of Transformers. The exit
+    code is 1 if a result of ours is not that of one process, bit for bit.
+    """
+    use_threads(threads)
+    check_device(device)
+    rows, found = [], report.conditions(device_of(device).machine())
+    with Group(device) as group:
+        for of_problem in bench_ep(
+            [parse_shape(text) for text in shapes or ["small"]],
+            parse(schemes),
+            [_tokens(text) for text in _names(tokens)],
+            group,
+            seed=seed,
+            time_budget=time_budget,
+            progress=say,
+        ):
+            rows += of_problem
+            if save is not None and group.rank == 0:
+                report.save(save, [row.record() for row in of_problem], found)
+    header, cells, note = ep_table(rows)
+    records = [row.record() for row in rows]
+    show(
+        Table(header=header, rows=cells, left=EP_LEFT, note=note),
+        records=records,
+        document={"conditions": found, "rows": records},
+        output=output,
+    )
+    if any(row.exchange == OURS and row.measured is not None and not row.measured.bit_equal for row in rows):
+        raise typer.Exit(1)
+
+
+@bench.callback()
+def _one_process(ctx: typer.Context) -> None:
+    if processes.count() > 1 and ctx.invoked_subcommand != "ep":
+        raise ArgumentError(
+            f"`mxperts bench {ctx.invoked_subcommand}` runs in one process; start it without torchrun, which is for "
+            "`mxperts bench ep`"
+        )
 
 
 def _names(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mxperts import models
+from mxperts.cli import processes
 from mxperts.cli.options import (
     SHIPPED,
     BackendOption,
@@ -175,7 +176,7 @@ def evaluate(
         document=report.document(),
         output=output,
     )
-    if plot_file is not None and isinstance(report, Report):
+    if plot_file is not None and isinstance(report, Report) and processes.number() == 0:
         plot(report, plot_file)
         say(f"drawn: {plot_file}")
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
+from mxperts.cli import processes
 from mxperts.cli.options import (
     BackendOption,
     DeviceOption,
@@ -54,6 +55,8 @@ def generate(
 ) -> None:
     """Continue a text; prompt and continuation go to stdout as they come."""
     if prompt is None:
+        if processes.count() > 1:
+            raise typer.BadParameter("is needed under torchrun, whose processes share stdin", param_hint="--prompt")
         if sys.stdin.isatty():
             raise typer.BadParameter("is needed unless the prompt is piped in", param_hint="--prompt")
         prompt = sys.stdin.read().rstrip("\n")
@@ -124,6 +127,7 @@ def continue_text(
         max_new_tokens=max_new_tokens,
         do_sample=sampling is not None,
         streamer=streamer,
+        logits_processor=[processes.SameLogits()] if processes.count() > 1 else None,
         **(asdict(sampling) if sampling else {}),
     )
     return output

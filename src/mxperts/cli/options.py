@@ -10,7 +10,9 @@ import torch
 import typer
 
 from mxperts import models
+from mxperts.cli import processes
 from mxperts.cli.output import Output
+from mxperts.errors import ArgumentError
 
 SHIPPED = "shipped"
 """What a model argument calls the model that comes with mxperts."""
@@ -99,7 +101,10 @@ def context_limit(path: str, *, trust_remote_code: bool) -> int:
 def load_model(
     model: str, *, scheme: str | None, dtype: str, device: str, backend: str, trust_remote_code: bool, **kwargs: Any
 ) -> Any:
-    """A resolved model, loaded with ``mx.load``, which gets ``kwargs`` too, and moved to its device."""
+    """A resolved model, loaded with ``mx.load``, which gets ``kwargs`` too, and moved to its device.
+
+    Under torchrun its experts are spread over all processes.
+    """
     import transformers
 
     import mxperts as mx
@@ -107,7 +112,15 @@ def load_model(
     messages: Any = transformers.utils.logging
     messages.set_verbosity_error()
     messages.disable_progress_bar()
-    loaded = mx.load(model, scheme=scheme, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code, **kwargs)
+    options: dict[str, Any] = {"scheme": scheme, "dtype": dtype, "backend": backend, **kwargs}
+    options["trust_remote_code"] = trust_remote_code
+    if (spread := processes.distributed_config()) is not None:
+        if device not in ("auto", "cuda" if torch.cuda.is_available() else "cpu"):
+            raise ArgumentError(
+                f"--device {device}: under torchrun each process takes a device of its own; leave it out"
+            )
+        return mx.load(model, distributed_config=spread, **options).eval()
+    loaded = mx.load(model, **options)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.to(device).eval()

@@ -17,7 +17,8 @@ from mxperts.evaluation.router import experts_modules
 class Size:
     """Bytes of a model in memory: parameters and buffers, whatever they are stored as; what is tied counts once.
 
-    Parameters that a backend holds in a layout of its own count as what they stand for: the same, but for padding.
+    Parameters that a backend holds in a layout of its own count as what they stand for: the same, but for padding. The
+    experts of a model that is spread over processes count wherever they are.
 
     Attributes:
         experts: of the experts modules alone.
@@ -31,7 +32,9 @@ class Size:
     def of(cls, model: nn.Module) -> Size:
         """Count."""
         modules = experts_modules(model).values()
-        return cls(experts=_nbytes(t for m in modules for t in _tensors(m)), model=_nbytes(_tensors(model)))
+        elsewhere = sum(_elsewhere(m) for m in modules) * (_processes(model) - 1)
+        experts = _nbytes(t for m in modules for t in _tensors(m))
+        return cls(experts=experts + elsewhere, model=_nbytes(_tensors(model)) + elsewhere)
 
 
 def values(model: Any) -> Size:
@@ -46,6 +49,18 @@ def values(model: Any) -> Size:
         experts=sum(t.numel() for m in modules for t in m.parameters()),
         model=sum(t.numel() for t in unquantized.parameters()),
     )
+
+
+def _processes(model: Any) -> int:
+    """Over how many processes the experts are spread."""
+    config = getattr(model, "config", None)
+    return int(getattr(getattr(config, "distributed_config", None), "ep_size", 1))
+
+
+def _elsewhere(module: Any) -> int:
+    """Bytes that each other process has of a module of which this one has a part; a DTensor tells all itself."""
+    experts = [t for t in _tensors(module) if t.ndim > 0 and t.shape[0] == module.num_experts]
+    return _nbytes(t for t in experts if not hasattr(t, "full_tensor"))
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -62,6 +62,12 @@ class Backend:
         function: Callable[..., Any] = getattr(_package(self.module), op)
         return function
 
+    @property
+    def sums(self) -> torch.dtype:
+        """In what it sums up each token's experts; for ``sum_slots``."""
+        dtype: torch.dtype = _package(self.module).SUMS
+        return dtype
+
 
 _package = lru_cache(importlib.import_module)
 

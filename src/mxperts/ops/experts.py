@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.errors import ArgumentError
+from mxperts.errors import ArgumentError, BackendUnavailable
 from mxperts.formats import FP8_STATIC, Activation, parse_activation
 from mxperts.ops.activation import BoundActivation, bind_activation
-from mxperts.ops.dispatch import Problem, run
+from mxperts.ops.dispatch import Problem, resolve, run
 from mxperts.ops.eager import is_eager
 from mxperts.ops.prepare import ExpertsLayout, PreparedExperts, Weight, canonical_tensors, layout_of
 from mxperts.ops.quantize import FLOAT_DTYPES
@@ -83,6 +83,7 @@ def fused_experts(
     apply_router_weight_on_input: bool = False,
     accumulation: str = "auto",
     out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The weighted sum of each token's experts.
@@ -117,12 +118,14 @@ def fused_experts(
         apply_router_weight_on_input: see above; k must be 1.
         accumulation: "exact" sums in float32 throughout; "auto" also admits integer and fp8 matrix units with exact
             operands.
-        out: [T, H] like ``hidden_states``, contiguous, to be filled and returned. Must share no memory with the other
+        out: [T, H] in ``out_dtype``, contiguous, to be filled and returned. Must share no memory with the other
             arguments.
+        out_dtype: what the sum is rounded to; None: the dtype of ``hidden_states``. The reference, which sums in
+            float64, also takes that.
         backend: "auto" or a backend's name.
 
     Returns:
-        [T, H] in the dtype of ``hidden_states``.
+        [T, H] in ``out_dtype``.
 
     Raises:
         ArgumentError: a shape, dtype, device or value that does not fit; values are looked at only on CPU, where an
@@ -180,14 +183,15 @@ def fused_experts(
         accumulation=accumulation,
         prepared=isinstance(gate_up_proj, PreparedExperts),
     )
+    out_dtype = _check_out_dtype(out_dtype, call, backend)
     if out is not None:
-        _check_out(out, hidden_states)
+        _check_out(out, hidden_states.shape, out_dtype, hidden_states.requires_grad)
     if is_eager(*operands.values(), hidden_states, top_k_weights, *weights, *(scales or ())):
-        result = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+        result = torch.empty(hidden_states.shape, dtype=out_dtype, device=hidden_states.device)
         _execute(call, result if out is None else out, backend)
         return result if out is None else out
     if out is None:
-        y: Tensor = _fused_experts_op(*_arguments(call), backend)
+        y: Tensor = _fused_experts_op(*_arguments(call), backend, out_dtype)
         return y
     _fused_experts_out_op(*_arguments(call), backend, out)
     return out
@@ -314,15 +318,22 @@ def as_input_scale(scale: InputScale, name: str, experts: int, device: torch.dev
     return scale.to(torch.float32).reshape(-1)
 
 
-def _check_out(out: Tensor, hidden_states: Tensor) -> None:
-    if out.shape != hidden_states.shape or out.dtype is not hidden_states.dtype:
-        raise ArgumentError(
-            f"out must be {hidden_states.dtype} of shape {tuple(hidden_states.shape)} as hidden_states, "
-            f"not {out.dtype} of shape {tuple(out.shape)}"
-        )
+def _check_out_dtype(out_dtype: torch.dtype | None, call: ExpertsCall, backend: str) -> torch.dtype:
+    """What the sum is rounded to; see ``fused_experts``."""
+    if out_dtype is torch.float64:
+        if resolve(backend, _problem(call)).backend.sums is not torch.float64:
+            raise BackendUnavailable("out_dtype=torch.float64 needs backend='reference': all others sum in float32")
+    elif out_dtype not in (None, *FLOAT_DTYPES):
+        raise ArgumentError(f"out_dtype must be float32, bfloat16, float16 or float64, not {out_dtype}")
+    return out_dtype or call.hidden_states.dtype
+
+
+def _check_out(out: Tensor, shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> None:
+    if out.shape != shape or out.dtype is not dtype:
+        raise ArgumentError(f"out must be {dtype} of shape {tuple(shape)}, not {out.dtype} of shape {tuple(out.shape)}")
     if not out.is_contiguous():
         raise ArgumentError(f"out must be contiguous; its strides are {out.stride()}")
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or out.requires_grad):
+    if torch.is_grad_enabled() and (requires_grad or out.requires_grad):
         raise ArgumentError("out= takes no part in automatic differentiation; leave it out, or use torch.no_grad()")
 
 
@@ -333,18 +344,21 @@ _ARGUMENTS = (
 )
 
 
-@torch.library.custom_op("mxperts::fused_experts", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+@torch.library.custom_op(
+    "mxperts::fused_experts", mutates_args=(), schema=f"({_ARGUMENTS}, ScalarType out_dtype) -> Tensor"
+)
 def _fused_experts_op(*arguments: Any) -> Tensor:
-    hidden_states: Tensor = arguments[0]
-    out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    _run(out, *arguments)
+    *inputs, out_dtype = arguments
+    hidden_states: Tensor = inputs[0]
+    out = torch.empty(hidden_states.shape, dtype=out_dtype, device=hidden_states.device)
+    _run(out, *inputs)
     return out
 
 
 @_fused_experts_op.register_fake
 def _(*arguments: Any) -> Tensor:
     hidden_states: Tensor = arguments[0]
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    return hidden_states.new_empty(hidden_states.shape, dtype=arguments[-1])
 
 
 @torch.library.custom_op(
@@ -425,14 +439,17 @@ def _execute(call: ExpertsCall, out: Tensor, backend: str) -> None:
         _check_ids(call)
         for i, scale in enumerate(call.input_scales or ()):
             check_scale_values(scale, f"input_scales[{i}]")
-    problem = Problem(
+    run(backend, _problem(call), call, out)
+
+
+def _problem(call: ExpertsCall) -> Problem:
+    return Problem(
         op="fused_experts",
         device=call.hidden_states.device,
         dtype=call.hidden_states.dtype,
         weight=call.layout.weight,
         activation=call.activation_format,
     )
-    run(backend, problem, call, out)
 
 
 def _check_ids(call: ExpertsCall) -> None:

@@ -49,7 +49,7 @@ def build(kernel, float_type, warps=4, **constants):
 mxfp4, mxfp6 = element_rule(MXFP4), element_rule(MXFP6_E2M3)
 rule = block_rule(MXFP4, recipe(MXFP4, Role.ACTIVATION))
 first = {"K": 2880, "COLUMNS": 2880, "ROWS_OF_X": 4, "INTERLEAVED": True, "HAS_BIAS": True, "SCALE_STEP": 0}
-second = {"K": 2880, "COLUMNS": 2880, "HAS_BIAS": True, "GROUPED": True, "WEIGHTED": True}
+second = {"K": 2880, "COLUMNS": 2880, "HAS_BIAS": True, "GROUPED": True}
 bf16 = {"DTYPE": tl.bfloat16, "HIDDEN_DTYPE": tl.bfloat16}
 tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}
 few = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}
@@ -63,7 +63,8 @@ build(
 )
 build(grouped.project, "bf16", **second, **few, ELEMENT=mxfp4, DTYPE=tl.bfloat16)
 build(grouped.project, "fp32", **second, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, ELEMENT=mxfp6, DTYPE=tl.float32)
-build(grouped.sum_slots, "bf16", COLUMNS=2880, SLOTS=4, BLOCK_N=1024)
+build(grouped.sum_slots, "bf16", COLUMNS=2880, SLOTS=4, WEIGHTED=True, IN_PLACE=True, BLOCK_N=1024)
+build(grouped.sum_slots, "bf16", COLUMNS=2880, SLOTS=4, WEIGHTED=True, IN_PLACE=False, BLOCK_N=1024)
 build(routing.place_pairs, "bf16", MAPPED=True, TILE=128)
 build(routing.place_blocks, "bf16", BLOCK_M=16, TILE=128)
 """

@@ -369,3 +369,27 @@ def test_operands_are_exact_in_the_dtype_that_multiplies_them() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert portable.operand_dtype(dtype, BLOCK_FORMATS[0], None) is dtype
     assert portable.operand_dtype(torch.float32, BLOCK_FORMATS[0], "fp8_static") is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_last_step_by_itself_is_that_of_the_whole(dtype: torch.dtype, device: str) -> None:
+    """Rows of pairs one by one, in any order, and ``sum_slots``: what a layer over several processes does."""
+    g = torch.Generator().manual_seed(0)
+    tokens, k, h, inner = 5, 3, 80, 64
+    gate_up, down = (mx.quantize(torch.randn(E, *s, generator=g) / 8, "mxfp4") for s in ((2 * inner, h), (h, inner)))
+    x, ids = torch.randn(tokens, h, generator=g).to(dtype), torch.rand(tokens, E, generator=g).topk(k).indices
+    ids[2, 1] = -1
+    weights = torch.rand(tokens, k, generator=g)
+    order = torch.randperm(tokens * k, generator=g)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(tokens * k)
+    position = position.view(tokens, k).masked_fill(ids < 0, -1)
+    x, ids, weights, order, position, gate_up, down = to(device, (x, ids, weights, order, position, gate_up, down))
+    with paths.batch_invariant():
+        whole = mx.fused_experts(x, gate_up, down, ids, weights, backend="portable")
+        pairs, ones = ids.flatten()[order].unsqueeze(1), torch.ones(tokens * k, 1, device=device)
+        rows = mx.fused_experts(x[order // k], gate_up, down, pairs, ones, out_dtype=torch.float32, backend="portable")
+    out = torch.empty_like(whole)
+    portable.sum_slots(rows, position, ids, weights, out)
+    assert rows.dtype is torch.float32
+    assert torch.equal(out, whole)

@@ -13,7 +13,14 @@ import torch
 
 from mxperts.backend.gpu.cuda import compiler, grouped, single
 from mxperts.backend.gpu.cuda.layout import Tiles
-from mxperts.backend.gpu.cuda.macros import FUNCTIONS, function_macros, hidden_macros, quantised, weight_macros
+from mxperts.backend.gpu.cuda.macros import (
+    FUNCTIONS,
+    function_macros,
+    hidden_macros,
+    quantised,
+    result_macros,
+    weight_macros,
+)
 from mxperts.errors import BackendUnavailable, MxpertsError
 from mxperts.formats import BLOCK_FORMATS, MXFP4, BlockFormat
 from mxperts.ops.activation import ACTIVATIONS
@@ -42,6 +49,7 @@ def test_every_choice_compiles(source: str, i: int, tmp_path: Path, monkeypatch:
     macros = {
         **weight_macros(BLOCK_FORMATS[i % 6]),
         **hidden_macros(DTYPES[i % 3], activation).macros(),
+        **result_macros(DTYPES[(i + i % 2) % 3]),
         **quantised(activation),
         **function_macros(list(ACTIVATIONS)[i], i % 2 == 0),
         **LAUNCH[source],
@@ -84,6 +92,7 @@ def test_kernels_and_launchers_agree_about_arguments(
     macros = {
         **weight_macros(MXFP4),
         **hidden_macros(torch.bfloat16, None).macros(),
+        **result_macros(torch.bfloat16),
         **quantised(None),
         **function_macros("silu", False),
         **LAUNCH[source],

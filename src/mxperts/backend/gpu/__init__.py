@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from mxperts.backend.gpu.experts import fused_experts
 from mxperts.backend.gpu.paths import CUDA, choose, cuda_refuses
-from mxperts.backend.gpu.portable import mx_linear
+from mxperts.backend.gpu.portable import mx_linear, sum_slots
 from mxperts.backend.gpu.prepared import prepare, unprepare
 from mxperts.backend.gpu.quantize import dequantize, fake_quantize, quantize
 from mxperts.ops.dispatch import Problem
@@ -22,4 +24,18 @@ def describe(problem: Problem | None) -> str:
     return f"path {path.name}: {path.summary}{unprepared}{why}"
 
 
-__all__ = ["dequantize", "describe", "fake_quantize", "fused_experts", "mx_linear", "prepare", "quantize", "unprepare"]
+SUMS = torch.float32
+"""In what each token's experts are summed up."""
+
+__all__ = [
+    "SUMS",
+    "dequantize",
+    "describe",
+    "fake_quantize",
+    "fused_experts",
+    "mx_linear",
+    "prepare",
+    "quantize",
+    "sum_slots",
+    "unprepare",
+]

@@ -171,7 +171,6 @@ def project(
     packed_ptr,
     scales_ptr,
     bias_ptr,
-    router_ptr,
     y_ptr,
     order_ptr,
     block_expert_ptr,
@@ -185,7 +184,6 @@ def project(
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -196,7 +194,6 @@ def project(
         x_ptr: quantised rows [pairs, K], ``x_stride`` apart.
         packed_ptr, scales_ptr: [E, COLUMNS, K].
         bias_ptr: [E, COLUMNS], if HAS_BIAS.
-        router_ptr: float32 [pairs], what rows are multiplied by, if WEIGHTED.
         order_ptr, block_expert_ptr, block_first_ptr, block_end_ptr: as in ``routing.Grouping``, if GROUPED; otherwise
             there is one expert and it takes all rows.
         blocks: most blocks that there may be.
@@ -225,21 +222,38 @@ def project(
         y = _add_product(y, x, packed_ptr, scales_ptr, rows_of_w, mask, k0, K, BLOCK_K, ELEMENT, DTYPE)
     if HAS_BIAS:
         y = _add_bias(y, bias_ptr, expert, columns, mask, COLUMNS)
-    if WEIGHTED:
-        y = y * tl.load(router_ptr + pair, mask=there, other=0.0)[:, None]
     at = y_ptr + (pair * COLUMNS)[:, None] + columns[None, :]
     tl.store(at, from_float32(y, y_ptr.dtype.element_ty), mask=there[:, None] & mask[None, :])
 
 
 @triton.jit
-def sum_slots(y_ptr, local_ptr, out_ptr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The sum of each token's rows of ``y`` float32 [T * SLOTS, COLUMNS] that contribute, in the order of the slots."""
+def sum_slots(
+    y_ptr,
+    row_ptr,
+    router_ptr,
+    out_ptr,
+    COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The weighted sum of each token's rows of ``y`` float32 [R, COLUMNS], in the order of its slots.
+
+    Args:
+        row_ptr: [T * SLOTS], the row of each pair; below 0 for one that contributes nothing.
+        router_ptr: float32 [T * SLOTS], what rows are multiplied by, if WEIGHTED.
+        IN_PLACE: whether the row of each pair that contributes is the pair's own number, whatever ``row_ptr`` says.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < COLUMNS
     total = tl.zeros([BLOCK_N], tl.float32)
     for slot in range(0, SLOTS):
         pair = token * SLOTS + slot
-        there = tl.load(local_ptr + pair) >= 0
-        total += tl.load(y_ptr + pair * COLUMNS + columns, mask=mask & there, other=0.0)
+        row = tl.load(row_ptr + pair).to(tl.int64)
+        there = row >= 0
+        y = tl.load(y_ptr + (pair if IN_PLACE else row) * COLUMNS + columns, mask=mask & there, other=0.0)
+        weight = tl.load(router_ptr + pair, mask=there, other=0.0) if WEIGHTED else 1.0
+        total = tl.fma(y, tl.zeros_like(y) + weight, total)  # as combine.cu
     tl.store(out_ptr + token * COLUMNS + columns, from_float32(total, out_ptr.dtype.element_ty), mask=mask)

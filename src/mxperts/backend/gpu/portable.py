@@ -174,7 +174,6 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
         down_packed,
         down_scales,
         a if down_bias is None else down_bias,
-        router,
         y,
         *table,
         pairs,
@@ -184,16 +183,35 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
         DTYPE=_DTYPES[operand],
         HAS_BIAS=down_bias is not None,
         GROUPED=True,
-        WEIGHTED=not call.router_weight_on_input,
         BLOCK_M=tiles2.block_m,
         BLOCK_N=tiles2.block_n,
         BLOCK_K=tiles2.block_k,
         num_warps=tiles2.warps,
         num_stages=tiles2.stages,
     )
-    block_n = min(_SUM_COLUMNS, triton.next_power_of_2(layout.hidden))
-    grouped.sum_slots[(tokens, triton.cdiv(layout.hidden, block_n))](
-        y, groups.local, out, COLUMNS=layout.hidden, SLOTS=k, BLOCK_N=block_n
+    _sum_slots(y, groups.local, None if call.router_weight_on_input else router, out, k, in_place=True)
+
+
+def sum_slots(rows: Tensor, position: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+    """The last step of a layer, for rows that come from elsewhere; see ``mxperts.distributed.exchange.Sum``."""
+    if out.numel():
+        with on_device(out):
+            _sum_slots(rows, position.contiguous(), weights.contiguous(), out, position.shape[1], in_place=False)
+
+
+def _sum_slots(y: Tensor, row: Tensor, router: Tensor | None, out: Tensor, k: int, *, in_place: bool) -> None:
+    tokens, hidden = out.shape
+    block_n = min(_SUM_COLUMNS, triton.next_power_of_2(hidden))
+    grouped.sum_slots[(tokens, triton.cdiv(hidden, block_n))](
+        y,
+        row,
+        y if router is None else router,
+        out,
+        COLUMNS=hidden,
+        SLOTS=k,
+        WEIGHTED=router is not None,
+        IN_PLACE=in_place,
+        BLOCK_N=block_n,
     )
 
 
@@ -223,7 +241,6 @@ def mx_linear(
             packed,
             scales,
             rows if bias is None else bias,
-            rows,
             out,
             *[rows] * 4,
             blocks,
@@ -234,7 +251,6 @@ def mx_linear(
             DTYPE=_DTYPES[dtype],
             HAS_BIAS=bias is not None,
             GROUPED=False,
-            WEIGHTED=False,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k,

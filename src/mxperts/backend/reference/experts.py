@@ -42,6 +42,17 @@ def fused_experts(call: ExpertsCall, out: Tensor) -> None:
         a = quantize_input(a, call.activation_format, _scale_of(down_scale, expert))
         y = project(a, down, call.layout.weight, _row(call.down_bias, expert))
         total.index_add_(0, token, y * routing[token, slot].unsqueeze(-1))
+    out.copy_(total if out.dtype is torch.float64 else round_once(total, out.dtype))
+
+
+def sum_slots(rows: Tensor, position: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
+    """The sum of ``fused_experts`` alone, in its order, that of experts; see ``mxperts.distributed.exchange.Sum``."""
+    order = torch.sort(ids, dim=1, stable=True).indices  # [T, k]
+    total = torch.zeros(out.shape, dtype=rows.dtype, device=out.device)
+    for slot in order.unbind(1):
+        row, weight = (t.gather(1, slot.unsqueeze(1)).squeeze(1) for t in (position, weights))
+        (token,) = torch.nonzero(row >= 0, as_tuple=True)
+        total.index_add_(0, token, rows[row[token]] * weight[token].unsqueeze(-1))
     out.copy_(round_once(total, out.dtype))
 
 

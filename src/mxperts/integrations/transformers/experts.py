@@ -17,6 +17,7 @@ from mxperts.formats import FP8_STATIC, Activation, BlockFormat
 from mxperts.integrations.transformers.gate import Gate, recognize
 from mxperts.integrations.transformers.linear import StoredLinear
 from mxperts.nn.prepared import PreparedWeights, has_own_layout
+from mxperts.ops.dispatch import Backend, Problem, resolve
 from mxperts.ops.experts import fused_experts
 from mxperts.ops.linear import mx_linear
 from mxperts.ops.prepare import PreparedExperts, Weight
@@ -214,7 +215,48 @@ def experts_forward(module: ExpertsModule, hidden_states: Tensor, top_k_index: T
     top_k_index = top_k_index.masked_fill(top_k_index >= module.num_experts, -1)
     if isinstance(packed, Stacked) and packed.gate is not None and runs_fused(module):
         return _fused(module, packed, packed.gate, hidden_states, top_k_index, top_k_weights)
-    return _one_by_one(module, packed, hidden_states, top_k_index, top_k_weights)
+    total = torch.zeros_like(hidden_states, dtype=torch.float32)  # [T, H]
+    weights = top_k_weights.to(torch.float32)
+    for token, slot, y in _one_by_one(module, packed, hidden_states, top_k_index):
+        total.index_add_(0, token, y * weights[token, slot].unsqueeze(-1))
+    return total.to(hidden_states.dtype)
+
+
+def expert_rows(module: ExpertsModule, hidden_states: Tensor, expert: Tensor, sums: torch.dtype) -> Tensor:
+    """What a module with stacked experts computes of each row before it is weighted, summed up and rounded.
+
+    Args:
+        module: the experts.
+        hidden_states: [R, H].
+        expert: int64 [R], which of the module's experts each row is for.
+        sums: as ``sums_of`` says.
+
+    Returns:
+        [R, H] in ``sums``.
+    """
+    packed: Stacked = module.mxperts
+    top_k_index = expert.unsqueeze(1)  # [R, 1]
+    if packed.gate is not None and runs_fused(module):
+        weights = torch.ones_like(top_k_index, dtype=torch.float32)
+        return _fused(module, packed, packed.gate, hidden_states, top_k_index, weights, sums)
+    rows = torch.zeros_like(hidden_states, dtype=sums)
+    for token, _, y in _one_by_one(module, packed, hidden_states, top_k_index):
+        rows[token] = y
+    return rows
+
+
+def backend_of(module: ExpertsModule, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that sums up each token's experts: the one that runs them, or the reference for one by one."""
+    packed: Stacked = module.mxperts
+    problem = Problem(
+        op="fused_experts", device=device, dtype=dtype, weight=packed.up.format, activation=packed.activation
+    )
+    return resolve(packed.backend if runs_fused(module) else "reference", problem).backend
+
+
+def sums_of(module: ExpertsModule, backend: Backend) -> torch.dtype:
+    """In what ``backend_of`` a module sums."""
+    return backend.sums if runs_fused(module) else torch.float32
 
 
 def runs_fused(module: ExpertsModule) -> bool:
@@ -246,6 +288,7 @@ def _fused(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     prepared = prepare_weights(module, hidden_states.dtype)
     gate_up_proj, down_proj = (prepared, None) if prepared is not None else _weights(module)
@@ -261,20 +304,22 @@ def _fused(
         down_bias=getattr(module, "down_proj_bias", None),
         interleaved=packed.interleaved,
         input_scales=packed.input_scales,
+        out_dtype=out_dtype,
         backend=packed.backend,
         **gate.constants,
     )
 
 
 def _one_by_one(
-    module: ExpertsModule, packed: Stacked | Apart, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+    module: ExpertsModule, packed: Stacked | Apart, hidden_states: Tensor, top_k_index: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The same contract with a linear operation for each projection of each expert that is hit.
 
     For experts of several formats, and for models whose activation function only they themselves can compute.
+
+    Yields:
+        For each expert its pairs' tokens and slots, and their unweighted results, float32 [pairs, H].
     """
-    total = torch.zeros_like(hidden_states, dtype=torch.float32)  # [T, H]
-    weights = top_k_weights.to(torch.float32)
     for expert in top_k_index[top_k_index >= 0].unique().tolist():
         token, slot = torch.nonzero(top_k_index == expert, as_tuple=True)
         up, down = _projections(module, packed, expert)
@@ -283,8 +328,7 @@ def _one_by_one(
         y = down(a, torch.float32)
         if _has_norm(module):
             y = module.post_expert_norm(y.to(hidden_states.dtype)).to(torch.float32)
-        total.index_add_(0, token, y * weights[token, slot].unsqueeze(-1))
-    return total.to(hidden_states.dtype)
+        yield token, slot, y
 
 
 def _activate(module: ExpertsModule, gate: Gate | None, h: Tensor) -> Tensor:

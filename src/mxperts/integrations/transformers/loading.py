@@ -17,13 +17,15 @@ from mxperts.formats import Scheme
 from mxperts.integrations import hooks
 from mxperts.integrations.transformers.config import QUANT_METHOD, MXConfig
 from mxperts.integrations.transformers.parameters import check_complete
-from mxperts.integrations.transformers.quantizer import MXQuantizer
+from mxperts.integrations.transformers.quantizer import MXQuantizer, expert_parallel, has_expert_parallel
 from mxperts.ops.dispatch import explain
 from mxperts.ops.quantize import FLOAT_DTYPES
 from mxperts.quantization.checkpoint import excluded_patterns
 
 register_quantization_config(QUANT_METHOD)(MXConfig)
 register_quantizer(QUANT_METHOD)(MXQuantizer)
+if has_expert_parallel():
+    expert_parallel()  # registers our implementation
 
 CONFIG_OPTIONS = (
     "cache_dir",
@@ -63,7 +65,8 @@ def load(
             all but the projections of experts and MLPs, as in ``quantize_checkpoint``.
         backend: what runs the quantised modules: "auto" or a backend's name.
         dtype: of everything that is not quantised, and of hidden states; "auto" takes the checkpoint's.
-        **kwargs: for Transformers' ``from_pretrained``.
+        **kwargs: for Transformers' ``from_pretrained``. With ``distributed_config``, a ``DistributedConfig`` whose
+            ``ep_size`` is the number of processes, each has its share of the experts: see docs/expert_parallel.md.
 
     Returns:
         A Transformers model. Every quantised weight stays packed, and inputs are quantised as the checkpoint or the
@@ -74,8 +77,10 @@ def load(
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or its config says something that is not supported.
         ArgumentError: ``scheme`` for a checkpoint that is quantised already, ``exclude`` without ``scheme`` or with a
-            pattern that matches nothing, or an argument of ``from_pretrained`` that this function decides itself.
-        BackendUnavailable: the backend cannot run here; or quantising while loading with too old a Transformers.
+            pattern that matches nothing, or an argument of ``from_pretrained`` that this function decides itself; or a
+            model that cannot be spread as ``distributed_config`` asks.
+        BackendUnavailable: the backend cannot run here; or too old a Transformers for quantising while loading, or for
+            ``distributed_config``.
     """
     if scheme is None and exclude is not None:
         raise ArgumentError("exclude is of use only with scheme: a quantised checkpoint says itself what is quantised")
@@ -98,6 +103,9 @@ def load(
         config.quantization_config = MXConfig.wrap(found, backend)
     elif found is not None and found.get("quant_method") not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(f"{path_or_id}: unknown quant_method {found.get('quant_method')!r} in its config")
+    if kwargs.get("distributed_config") is not None:
+        trust = {k: kwargs[k] for k in ("trust_remote_code",) if k in kwargs}
+        kwargs["distributed_config"] = expert_parallel().complete(kwargs["distributed_config"], config, **trust)
     loaded: Any = AutoModelForCausalLM.from_pretrained(path_or_id, config=config, dtype=dtype, **kwargs)
     check_complete(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from mxperts.checkpoint import Checkpoint
 from mxperts.checkpoint.reader import CONFIG
-from mxperts.errors import BackendUnavailable
+from mxperts.errors import ArgumentError, BackendUnavailable
 from mxperts.integrations.transformers.config import MXConfig
 from mxperts.integrations.transformers.experts import (
     IMPLEMENTATION,
@@ -41,6 +42,10 @@ ON_THE_FLY_SINCE = "5.23"
 """Earlier versions of Transformers cast a weight to its parameter's uint8 before they let a quantiser see it."""
 
 
+EXPERT_PARALLEL_SINCE = "5.23"
+"""See ``has_expert_parallel``."""
+
+
 class MXQuantizer(HfQuantizer):  # type: ignore[misc]
     """Gives modules packed parameters before loading, and says which stored tensors they are made of."""
 
@@ -53,6 +58,7 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
         self.converters: list[WeightConverter] = []
         self.to_quantize: dict[str, Target] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.has_only_part = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what this version of Transformers cannot do.
@@ -75,6 +81,8 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
             self.converters = prepare_for_packed(model, tensors, config.scheme, config.backend)
         else:
             self.converters, self.to_quantize = prepare_for_quantization(model, config.scheme, config.backend)
+        if getattr(model.config, "distributed_config", None) is not None:
+            expert_parallel().check(model)
         model.set_experts_implementation(IMPLEMENTATION)
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
@@ -103,6 +111,8 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
             # Transformers < 5.23 does not cast a tensor that it renames.
             parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
         check_complete(model)
+        if getattr(model.config, "distributed_config", None) is not None:
+            self.has_only_part = expert_parallel().keep_local(model)
         for module in model.modules():
             finish_loading(module)
         _prepare_experts(model)
@@ -111,13 +121,40 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether ``save_pretrained`` works; it writes the tensors as they were read."""
+        """Whether ``save_pretrained`` works; it writes the tensors as they were read.
+
+        Raises:
+            ArgumentError: this process has only some of the experts.
+        """
+        if self.has_only_part:
+            raise ArgumentError("each process has only some of the experts; load the model in one process to save it")
         return True
 
     @property
     def is_trainable(self) -> bool:
         """Whether the packed weights can be trained."""
         return False
+
+
+def has_expert_parallel() -> bool:
+    """Whether this version of Transformers spreads experts in a way that implementations can be registered for."""
+    return Version(transformers.__version__) >= Version(EXPERT_PARALLEL_SINCE)
+
+
+def expert_parallel() -> ModuleType:
+    """Our part of Transformers' expert parallelism.
+
+    Raises:
+        BackendUnavailable: this version of Transformers has another, or none.
+    """
+    if not has_expert_parallel():
+        raise BackendUnavailable(
+            f"a model on several processes needs transformers >= {EXPERT_PARALLEL_SINCE}, not "
+            f"{transformers.__version__}. Upgrade, or leave distributed_config out and load it in one process"
+        )
+    from mxperts.integrations.transformers import expert_parallel
+
+    return expert_parallel
 
 
 def _folder(model: Any, files: Sequence[str]) -> Path:

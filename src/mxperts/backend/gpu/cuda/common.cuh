@@ -5,7 +5,7 @@
 //   SHIFT, MASK             8-bit floats: exponent and mantissa move right by SHIFT into MASK
 //   INTEGER                 two's complement codes
 //   LOW                     6-bit floats: which bits of a pattern the two bits outside the nibble are, as a mask
-//   HIDDEN                  dtype of hidden states: 0 bf16, 1 float16, 2 float32
+//   HIDDEN, RESULT          dtypes of hidden states and of the result: 0 bf16, 1 float16, 2 float32
 //   PLANES                  bf16 numbers that one input value is split into, exactly
 //   QDQ                     how inputs are quantised: 0 not, 1 in blocks, 2 fp8 with given scales, 3 fp8, scale of a row
 //   RULE_*                  of the blocks: see rule.BlockRule
@@ -91,9 +91,9 @@ DI float load_number(const void* p, i64 i, int dtype) {
   return dtype == 0 ? of_bf16(bits) : of_half(bits);
 }
 DI float round_to_hidden(float x) { return HIDDEN == 0 ? round_to_bf16(x) : HIDDEN == 1 ? round_to_half(x) : x; }
-DI void store_hidden(void* p, i64 i, float x) {
-  if (HIDDEN == 2) ((float*)p)[i] = x;
-  else if (HIDDEN == 1) ((u16*)p)[i] = to_half(x);
+DI void store_result(void* p, i64 i, float x) {
+  if (RESULT == 2) ((float*)p)[i] = x;
+  else if (RESULT == 1) ((u16*)p)[i] = to_half(x);
   else ((u16*)p)[i] = (u16)to_bf16x2(x, 0.f);
 }
 

@@ -108,14 +108,14 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
 def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
     given, layout = Given(call, out), call.layout
     tokens, k = call.top_k_index.shape
-    pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
+    pairs, dtype, activation, device = tokens * k, call.hidden_states.dtype, call.activation_format, out.device
     index, stream = current(device)
     planes = hidden_macros(dtype, activation).planes
     exact = call.accumulation == "exact" or dtype is torch.float32
     product = choose_product(
         pairs, layout.experts, (first, second), planes, device_of(index), invariant=is_batch_invariant(), exact=exact
     )
-    kernels = _kernels(layout, dtype, activation, call.activation.name, product, index)
+    kernels = _kernels(layout, dtype, out.dtype, activation, call.activation.name, product, index)
     rows = pairs if given.per_expert1 else tokens
     # One projection's inputs, and its results, are done with when the other's are written.
     _memory, addresses = workspace(
@@ -285,7 +285,13 @@ def stages(product: Product, slice_bytes: int, planes: int, shared_bytes: int) -
 
 @lru_cache(maxsize=256)
 def _kernels(
-    layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str, product: Product, device: int
+    layout: ExpertsLayout,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    activation: Activation,
+    function: str,
+    product: Product,
+    device: int,
 ) -> _Kernels:
     assert layout.weight is not None
     properties, planes = device_of(device), hidden_macros(dtype, activation).planes
@@ -293,7 +299,7 @@ def _kernels(
     experts = -(-layout.experts // 64) * 64
     segments = 32 if experts <= 512 else 16
     macros = {
-        **problem_macros(layout, dtype, activation, function),
+        **problem_macros(layout, dtype, out_dtype, activation, function),
         "WGMMA": str(int(product.is_wide)),
         "MOST_N": str(product.tile),
         "STEP_N": "16" if coarse else "8",

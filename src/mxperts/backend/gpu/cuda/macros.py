@@ -42,6 +42,11 @@ def hidden_macros(dtype: torch.dtype, activation: Activation) -> Hidden:
     return Hidden(number, 1 if isinstance(activation, BlockFormat) else number + 1)
 
 
+def result_macros(dtype: torch.dtype) -> dict[str, str]:
+    """What results are rounded to."""
+    return {"RESULT": str(DTYPES[dtype])}
+
+
 def function_macros(name: str, interleaved: bool) -> dict[str, str]:
     """The activation function."""
     return {
@@ -51,12 +56,15 @@ def function_macros(name: str, interleaved: bool) -> dict[str, str]:
     }
 
 
-def problem_macros(layout: ExpertsLayout, dtype: torch.dtype, activation: Activation, function: str) -> dict[str, str]:
+def problem_macros(
+    layout: ExpertsLayout, dtype: torch.dtype, out_dtype: torch.dtype, activation: Activation, function: str
+) -> dict[str, str]:
     """All that common.cuh asks for."""
     assert layout.weight is not None, "dense weights"
     return {
         **weight_macros(layout.weight),
         **hidden_macros(dtype, activation).macros(),
+        **result_macros(out_dtype),
         **quantised(activation),
         **function_macros(function, layout.interleaved),
     }

@@ -321,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(WARPS2 * 32) second(const __grid_co
       if (e >= 0) y = fmaf(load_number(p.bias2, e * p.H + h, (int)p.bias2_dtype), factor(slot), y);
     }
   }
-  store_hidden(p.out, token * p.H + h, y);
+  store_result(p.out, token * p.H + h, y);
 }
 
 // Inputs of the first projection, where they are not the hidden states as they are.

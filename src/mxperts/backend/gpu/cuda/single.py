@@ -98,11 +98,11 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
     """Write the sum over each token's experts into ``out`` [T, H]."""
     given, layout = Given(call, out), call.layout
     tokens, k = call.top_k_index.shape
-    pairs, dtype, activation, device = tokens * k, out.dtype, call.activation_format, out.device
+    pairs, dtype, activation, device = tokens * k, call.hidden_states.dtype, call.activation_format, out.device
     index, stream = current(device)
     shape = choose(call, second)
     shared = shared_bytes(shape, call, first, second)
-    kernels = _kernels(layout, dtype, activation, call.activation.name, shape, shared, index)
+    kernels = _kernels(layout, dtype, out.dtype, activation, call.activation.name, shape, shared, index)
     rows1 = pairs if given.per_expert1 else tokens
     width1, width2 = first.steps * STEP, second.steps * STEP
     planes, units = _planes(call), -(-first.units // _units_of_block(call))
@@ -126,6 +126,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
 def _kernels(
     layout: ExpertsLayout,
     dtype: torch.dtype,
+    out_dtype: torch.dtype,
     activation: Activation,
     function: str,
     shape: Shape,
@@ -133,7 +134,7 @@ def _kernels(
     device: int,
 ) -> _Kernels:
     macros = {
-        **problem_macros(layout, dtype, activation, function),
+        **problem_macros(layout, dtype, out_dtype, activation, function),
         "WARPS1": str(shape.warps1),
         "DEEP1": str(shape.deep1),
         "WARPS2": str(shape.warps2),
