@@ -257,7 +257,9 @@ class Linear(Case):
     def where(self, part: str, index: Sequence[int]) -> str:
         row, column = index
         block = self.layer.weight.scales[column, row // BLOCK]
-        return f"{self.layer.scheme}: 7 times code 0x{self.layer.weight.codes[column, row]:02x} under scale 0x{block:02x}"
+        return (
+            f"{self.layer.scheme}: 7 times code 0x{self.layer.weight.codes[column, row]:02x} under scale 0x{block:02x}"
+        )
 
     def shown(self, part: str, pattern: int) -> str:
         return number(pattern, self.layer.dtype)
@@ -288,9 +290,7 @@ class Experts(Case):
         gate_up, down = mx_tensor(layer.gate_up, scheme, device), mx_tensor(layer.down, scheme, device)
         weights: tuple[Any, Any] = gate_up, down
         if self.prepared:
-            made = prepare(
-                gate_up, down, activation_format=scheme.activation, dtype=layer.dtype.torch, backend=backend
-            )
+            made = prepare(gate_up, down, activation_format=scheme.activation, dtype=layer.dtype.torch, backend=backend)
             weights = made, None
         ids, routing = layer.routing(self.tokens)
         y = fused_experts(
@@ -336,9 +336,7 @@ def cases(formats: Sequence[BlockFormat], presets: Sequence[str]) -> Iterator[Ca
             for preset in presets:
                 for role in Role:
                     chosen = PRESETS[preset].recipe(fmt, role)
-                    yield Quantize(
-                        format=fmt.name, preset=preset, block=fmt, recipe=chosen, role=role, family=family
-                    )
+                    yield Quantize(format=fmt.name, preset=preset, block=fmt, recipe=chosen, role=role, family=family)
         for dtype in FLOATS:
             yield Dequantize(format=fmt.name, block=fmt, dtype=dtype)
         yield Packing(format=fmt.name, block=fmt)

@@ -237,7 +237,7 @@ def _split(magnitude: Ints, dtype: Float) -> tuple[Ints, Ints]:
     """Odd integers and exponents of finite patterns without a sign; 0 has exponent 0."""
     field, fraction = magnitude >> dtype.mantissa_bits, magnitude & ((1 << dtype.mantissa_bits) - 1)
     whole = np.where(field == 0, fraction, fraction | 1 << dtype.mantissa_bits)
-    twos = np.zeros_like(whole)
+    twos: Ints = np.zeros_like(whole)
     for bit in range(dtype.mantissa_bits):
         twos += (whole != 0) & (whole & ((2 << bit) - 1) == 0)
     exponent = np.maximum(field, 1) - 1 + dtype.least - dtype.mantissa_bits + twos
@@ -273,7 +273,8 @@ def _in_float32_first(magnitude: Fraction, dtype: Float) -> int:
 
 def dequantize(codes: Bits, scales: Bits, fmt: BlockFormat, dtype: Float) -> Bits:
     """Patterns, of the shape of ``codes`` [rows, blocks * 32], under ``scales`` [rows, blocks]."""
-    return values(fmt, dtype)[np.repeat(scales, BLOCK, axis=-1), codes]
+    found: Bits = values(fmt, dtype)[np.repeat(scales, BLOCK, axis=-1), codes]
+    return found
 
 
 def pack(codes: Bits, fmt: BlockFormat) -> Bits:
@@ -285,10 +286,10 @@ def pack(codes: Bits, fmt: BlockFormat) -> Bits:
 def unpack(packed: Bits, fmt: BlockFormat) -> Bits:
     """The codes that ``pack`` packed."""
     bits = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, fmt.element.bits)
-    return np.packbits(bits, axis=-1, bitorder="little")[..., 0]
+    codes: Bits = np.packbits(bits, axis=-1, bitorder="little")[..., 0]
+    return codes
 
 
 def canonical(x: Bits, dtype: Float) -> Bits:
     """Patterns in which every NaN is the same."""
     return np.where((x & (dtype.sign - 1)) > dtype.inf, dtype.nan, x).astype(dtype.bits)
-

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mxperts.formats import E4M3, FP8_DYNAMIC, FP8_STATIC, BlockFormat, Recipe, Role, Rounding, Scheme, recipe
+from mxperts.formats import E4M3, FP8_DYNAMIC, FP8_STATIC, BlockFormat, Role, Rounding, Scheme, recipe
 from mxperts.verification.definition import (
     BLOCK,
     Bits,
@@ -133,9 +133,9 @@ class Experts:
 
     @cached_property
     def down(self) -> Weights:
-        """[4, 80, 48]: all rows are full."""
+        """[4, 80, 48]: rows are full, but only the first of each expert takes the largest activation."""
         codes, scales = _scattered(_weight(self.scheme), (EXPERTS, HIDDEN, INTERMEDIATE), seed=2)
-        codes[:, :, 0] = _code(_weight(self.scheme), positive=True)  # what meets the largest activation
+        codes[:, 1:, 0] = 0  # the largest activation would hide the others
         return Weights(codes=codes, scales=scales, k=INTERMEDIATE)
 
     def hidden_states(self, tokens: int) -> Bits:
@@ -176,7 +176,9 @@ class Experts:
             gate, up = h[:, :INTERMEDIATE], h[:, INTERMEDIATE:]
             squared = np.maximum(gate, 0) ** 2 >> UNIT
             a = _rounded(squared * up >> UNIT, self.dtype)
-            found.append(_product(_exact(_activation(a, self.dtype, self.scheme, INPUT_SCALES[1]), self.dtype), down[expert]))
+            found.append(
+                _product(_exact(_activation(a, self.dtype, self.scheme, INPUT_SCALES[1]), self.dtype), down[expert])
+            )
         return np.stack(found, axis=1)
 
 
@@ -249,13 +251,15 @@ def _exact(x: Bits, dtype: Float) -> Exact:
         value = dtype.value(int(pattern)) * (1 << UNIT)
         assert value.denominator == 1, f"{pattern:#x} is finer than 2^-{UNIT}"
         found.append(value.numerator)
-    return np.array(found, dtype=object)[place].reshape(x.shape)
+    exact: Exact = np.array(found, dtype=object)[place].reshape(x.shape)
+    return exact
 
 
 def _product(x: Exact, w: Exact) -> Exact:
     """``x`` [T, K] times ``w`` [N, K] transposed."""
     _check_order(abs(x) @ abs(w).T, _finest(x)[:, None] * _finest(w))
-    return x @ w.T >> UNIT
+    sums: Exact = x @ w.T >> UNIT
+    return sums
 
 
 def _finest(x: Exact) -> Exact:

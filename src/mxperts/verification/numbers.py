@@ -103,4 +103,5 @@ def _tail(dtype: Float, k: int) -> Bits:
     fraction = scattered & np.uint64((1 << dtype.mantissa_bits) - 1)
     sign = (scattered >> np.uint64(31)) & np.uint64(1)
     patterns = sign * np.uint64(dtype.sign) | field << np.uint64(dtype.mantissa_bits) | fraction
-    return patterns.reshape(_TAIL_ROWS, k).astype(dtype.bits)
+    rows: Bits = patterns.reshape(_TAIL_ROWS, k).astype(dtype.bits)
+    return rows

@@ -27,15 +27,13 @@ OTHERS = {
     "E3M2": ml_dtypes.float6_e3m2fn,
     "E4M3": ml_dtypes.float8_e4m3fn,
     "E5M2": ml_dtypes.float8_e5m2,
+    "INT8": np.int8,
 }
 
 
 def check_elements(element: ElementFormat) -> None:
     codes = np.arange(1 << element.bits, dtype=np.uint8)
-    if element.name == "INT8":
-        theirs = codes.view(np.int8) / 64
-    else:
-        theirs = codes.view(OTHERS[element.name]).astype(np.float64)
+    theirs = codes.view(OTHERS[element.name]).astype(np.float64) / (64 if element.name == "INT8" else 1)
     for code, (ours, other) in enumerate(zip(elements(element), theirs, strict=True)):
         same = abs(other) == ours if ours is not None else math.isinf(other) == is_inf(element, code)
         assert same, (element, code, ours, other)
