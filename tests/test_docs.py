@@ -11,7 +11,7 @@ from mxperts.backend.cpu.paths import PATHS
 from mxperts.formats import BLOCK_FORMATS, PRESETS, BlockFormat, Encoding, Recipe, Role
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("formats.md", "numerics.md", "cpu.md", "gpu.md")
+PAGES = ("formats.md", "numerics.md", "cpu.md", "gpu.md", "verify.md")
 
 
 def read(page: str) -> str:

@@ -12,7 +12,7 @@ def test_version(runner):
     assert (result.exit_code, result.stdout) == (0, f"mxperts {mxperts.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "eval", "quantize", "inspect", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "eval", "quantize", "inspect", "verify", "demo", "doctor"])
 def test_help_has_an_example(runner, command):
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -118,6 +118,13 @@ def test_a_wrong_linear_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(c.wrong > 0 and "w_mxfp4" in c.first and "7 times code 0x" in c.first for c in checks)
 
 
+def test_another_shape_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong(monkeypatch, "dequantize", lambda values: values[:-1])
+    (check,) = run(monkeypatch, cases.Dequantize)
+    assert check.wrong == 3 * 256 * 32
+    assert check.first == "mxfp4/dequantize/bfloat16: shape (256, 32) expected, (255, 32) found"
+
+
 def test_a_kernel_that_fails_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*a: Any) -> None:
         raise RuntimeError("illegal instruction")

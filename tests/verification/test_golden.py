@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mxperts.errors import ArgumentError
 from mxperts.formats import BLOCK_FORMATS, MXFP4, MXFP8_E5M2, PRESETS, all_schemes
 from mxperts.verification import golden
 from mxperts.verification.cases import Experts, Linear, Packing, cases
@@ -57,5 +58,14 @@ def test_raw_files_are_what_their_digests_say(tmp_path: Path) -> None:
     for line in (folder / golden.DIGESTS.name).read_text().splitlines():
         sha, name = line.split("  ")
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha == golden.digests()[name]
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ArgumentError, match="exists; name a folder that does not"):
         golden.write(folder, [], lambda name: None)
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        golden.write(tmp_path / "golden", cases([MXFP4], ["ocp"]), interrupt)
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,6 @@ import typer
 from mxperts.cli.options import DeviceOption, OutputOption, ThreadsOption, resolve_model, use_threads
 from mxperts.cli.output import Output, Table, say, show
 from mxperts.cli.quantize import Progress as BytesProgress
-from mxperts.errors import ArgumentError
 from mxperts.verification import cases, exact, golden
 from mxperts.verification.checkpoint import Severity, verify_checkpoint
 from mxperts.verification.exact import ALL, Check
@@ -63,8 +62,7 @@ def verify(
     _refuse("this machine, without a checkpoint", {"--source": source is not None})
     formats = exact.named_formats(format)
     if export is not None:
-        if export.exists():
-            raise ArgumentError(f"{export} exists; name a folder that does not")
+        _refuse("an export", {"--backend": backend != "auto", "--device": device != "auto"})
         golden.write(export, cases.cases(formats, presets), say)
         return
     checks = [
@@ -102,7 +100,8 @@ def _rows(checks: Sequence[Check]) -> Iterator[list[str]]:
         groups.setdefault(row_of(check), []).append(check)
     for (place, fmt, operation, own), group in groups.items():
         variants = [check.preset or check.activation for check in group]
-        names = own or (", ".join(variants) if len(variants) < 3 else f"{len(variants)} of them")
+        kind = "presets" if group[0].preset else "activations"
+        names = own or (", ".join(variants) if len(variants) < 3 else f"{len(variants)} {kind}")
         numbers, wrong = sum(check.numbers for check in group), sum(check.wrong for check in group)
         yield [place, fmt, operation, names, str(numbers), str(wrong), group[0].first]
 

@@ -165,7 +165,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
     if total is not None and total != stored:
         expected = f"total_size {stored} in {INDEX}, the bytes of all tensors"
-        yield Finding(severity=Severity.WARNING, tensor="", expected=expected, found=repr(total))
+        yield Finding(severity=Severity.NOTE, tensor="", expected=expected, found=repr(total))
 
 
 def _experts(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ class Float:
     mantissa_bits: int
 
     @property
-    def bits(self) -> npt.DTypeLike:
+    def bits(self) -> np.dtype[Any]:
         """Unsigned integers of its width."""
         return np.dtype(f"<u{(1 + self.exponent_bits + self.mantissa_bits) // 8}")
 

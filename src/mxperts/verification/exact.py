@@ -13,7 +13,8 @@ from mxperts.formats import BLOCK_FORMATS, MXFP4, PRESETS, BlockFormat
 from mxperts.formats import format as lookup
 from mxperts.formats.naming import normalize, suggest
 from mxperts.ops.dispatch import BACKENDS, Problem, resolve
-from mxperts.verification.cases import Case, cases
+from mxperts.verification.case import Case
+from mxperts.verification.cases import cases
 from mxperts.verification.definition import Bits
 from mxperts.verification.golden import digest, digests
 
@@ -194,6 +195,10 @@ def _compare(case: Case, found: Mapping[str, Bits]) -> _Outcome:
     """Count what differs, number by number."""
     wrong, first = 0, ""
     for part, expected in _answer(case).items():
+        if found[part].shape != expected.shape:
+            wrong += expected.size
+            first = first or f"{case.name}: shape {expected.shape} expected, {found[part].shape} found"
+            continue
         differs = np.argwhere(found[part] != expected)
         wrong += len(differs)
         if len(differs) and not first:

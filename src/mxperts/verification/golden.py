@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mxperts.verification.cases import Case
+from mxperts.errors import ArgumentError
+from mxperts.verification.case import Case
 from mxperts.verification.definition import Bits
 
 DIGESTS = Path(__file__).with_name("golden.sha256")
@@ -38,12 +41,24 @@ def write(folder: Path, cases: Iterable[Case], progress: Callable[[str], None]) 
     """Write inputs and answers of cases as raw bytes, with ``golden.sha256`` and the shapes in ``index.json``.
 
     Args:
-        folder: a new folder.
+        folder: a new folder; it gets its name when it is whole.
         cases: what to write.
         progress: called with the name of every case.
+
+    Raises:
+        ArgumentError: ``folder`` exists.
     """
-    folder.mkdir(parents=True)
-    index = {}
+    if folder.exists():
+        raise ArgumentError(f"{folder} exists; name a folder that does not")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        _write(Path(temporary) / "golden", cases, progress)
+        (Path(temporary) / "golden").rename(folder)
+
+
+def _write(folder: Path, cases: Iterable[Case], progress: Callable[[str], None]) -> None:
+    folder.mkdir()
+    index: dict[str, dict[str, Any]] = {}
     for case in cases:
         progress(case.name)
         for name, data in (case.inputs() | case.answer_files()).items():

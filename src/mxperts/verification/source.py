@@ -70,8 +70,12 @@ def compare_source(
         raise CheckpointError(f"{checkpoint.path} has no quantised weights to compare with a source")
     weights = {leaf.module: leaf for group in leaves(source).values() for leaf in group if leaf.part == WEIGHT}
     matches: dict[tuple[str, str], Match] = {}
-    missing, done = [], 0
+    missing, done, file = [], 0, None
     for module in checkpoint.mx.values():
+        if file != module.codes.file:  # or the mapped pages of all files would count as this process's memory
+            file = module.codes.file
+            source.close()
+            checkpoint.close()
         try:
             found = list(_source_of(module, weights, source))
         except CheckpointError as error:
@@ -89,8 +93,6 @@ def compare_source(
                 match.first = match.first or (f"{name}, {first}" if first else "")
         done += module.codes.nbytes + module.scales.nbytes
         progress(done)
-        source.close()
-        checkpoint.close()
     return sorted(matches.values(), key=lambda m: (m.format, presets.index(m.preset))), missing
 
 
