@@ -12,7 +12,7 @@ def test_version(runner):
     assert (result.exit_code, result.stdout) == (0, f"mxperts {mxperts.__version__}\n")
 
 
-COMMANDS = ["generate", "chat", "serve", "eval", "quantize", "convert", "inspect", "demo", "doctor"]
+COMMANDS = ["generate", "chat", "serve", "eval", "quantize", "convert", "inspect", "verify", "demo", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +16,6 @@ from torch import Tensor
 from mxperts.checkpoint.names import split_expert, split_fused
 from mxperts.checkpoint.reader import Checkpoint
 from mxperts.formats import SCALE_BIAS, SCALE_NAN
-from mxperts.packing import unpack
 from mxperts.tensor import MXTensor
 
 EXPERTS, LINEARS, OTHER = "experts", "linears", "other"
@@ -196,36 +197,69 @@ def kind_of(tensor: str, shape: tuple[int, ...]) -> str:
     return LINEARS if module != tensor and len(shape) == 2 and not _EMBEDDING.match(tensor) else OTHER
 
 
+class Oddity(enum.Enum):
+    """What may be odd about the numbers of a quantised tensor."""
+
+    NAN_BLOCK = "blocks with scale 0xFF, which are NaN"
+    ZERO_BLOCK = "blocks of zeros"
+    LEAST_SCALE = "scales 0x00 of blocks that are not zeros"
+    EXTREME_SCALE = f"scales beyond 2^±{EXTREME_EXPONENT}"
+    NAN_CODE = "codes that are NaN"
+    INF_CODE = "codes that are Inf"
+    NEGATIVE_ZERO = "codes that are -0"
+    BEYOND_MAX = "codes below -max"
+
+
+_USUAL = (Oddity.NEGATIVE_ZERO, Oddity.BEYOND_MAX)
+"""What presets differ in, and inspection does not mention."""
+
+
+def odd_numbers(part: MXTensor) -> Iterator[tuple[Oddity, Tensor]]:
+    """Where a quantised matrix [N, K] is odd: bool [N, blocks] for blocks and scales, [N, K] for codes."""
+    scales = part.scales.to(torch.int16)
+    is_nan = scales == SCALE_NAN
+    is_zero = (part.packed.unflatten(-1, (scales.shape[-1], -1)) == 0).all(-1)
+    is_plain = ~is_nan & ~is_zero
+    yield Oddity.NAN_BLOCK, is_nan
+    yield Oddity.ZERO_BLOCK, is_zero & ~is_nan
+    yield Oddity.LEAST_SCALE, is_plain & (scales == 0)
+    yield Oddity.EXTREME_SCALE, is_plain & (scales != 0) & ((scales - SCALE_BIAS).abs() > EXTREME_EXPONENT)
+    element, codes = part.format.element, part.codes()
+    for oddity, numbers in (
+        (Oddity.NAN_CODE, [c for c, v in enumerate(element.values) if math.isnan(v)]),
+        (Oddity.INF_CODE, [c for c, v in enumerate(element.values) if math.isinf(v)]),
+        (Oddity.NEGATIVE_ZERO, [element.sign_bit] if element.has_signed_zero else []),
+        (Oddity.BEYOND_MAX, [c for c, v in enumerate(element.values) if math.isfinite(v) and v < -element.max]),
+    ):
+        if numbers:
+            yield oddity, torch.isin(codes, codes.new_tensor(numbers))
+
+
+def matrices(t: MXTensor) -> list[MXTensor]:
+    """A tensor's matrices [N, K]: several where it holds all experts; looking at one at a time bounds memory."""
+    return [t[i] for i in range(len(t))] if t.ndim > 2 else [t]
+
+
 def _anomalies(checkpoint: Checkpoint, packed: set[str]) -> Iterator[Anomaly]:
     for module, tensor in checkpoint.mx_tensors():
         for what, count in _count_mx(tensor).items():
             yield Anomaly(tensor=module, what=what, count=count)
     for name in checkpoint.names:
         if name not in packed and (values := checkpoint.tensor(name)).is_floating_point():
-            for what, count in _count_float(values).items():
+            for what, count in count_float(values).items():
                 yield Anomaly(tensor=name, what=what, count=count)
 
 
 def _count_mx(t: MXTensor) -> Counter[str]:
-    """Anomalies of a quantised tensor; of all experts in one tensor, one after the other, which bounds memory."""
     found: Counter[str] = Counter()
-    for part in [t[i] for i in range(len(t))] if t.ndim > 2 else [t]:
-        scales = part.scales.to(torch.int16)
-        is_nan = scales == SCALE_NAN
-        is_zero = (part.packed.unflatten(-1, (scales.shape[-1], -1)) == 0).all(-1)
-        is_plain = ~is_nan & ~is_zero
-        extreme = is_plain & (scales != 0) & ((scales - SCALE_BIAS).abs() > EXTREME_EXPONENT)
-        found["blocks with scale 0xFF, which are NaN"] += int(is_nan.sum())
-        found["blocks of zeros"] += int((is_zero & ~is_nan).sum())
-        found["scales 0x00 of blocks that are not zeros"] += int((is_plain & (scales == 0)).sum())
-        found[f"scales beyond 2^±{EXTREME_EXPONENT}"] += int(extreme.sum())
-        codes = torch.bincount(unpack(part.packed, part.format).flatten(), minlength=1 << part.format.element.bits)
-        numbers = torch.tensor(part.format.element.values)
-        found["codes that are NaN"] += int(codes[numbers.isnan()].sum())
-        found["codes that are Inf"] += int(codes[numbers.isinf()].sum())
+    for part in matrices(t):
+        for oddity, where in odd_numbers(part):
+            if oddity not in _USUAL:
+                found[oddity.value] += int(where.sum())
     return +found
 
 
-def _count_float(t: Tensor) -> Counter[str]:
+def count_float(t: Tensor) -> Counter[str]:
+    """How many values of an unquantised tensor are NaN or Inf."""
     t = t.float() if t.dtype.itemsize == 1 else t  # isinf is not there for float8
     return +Counter({"values that are NaN": int(t.isnan().sum()), "values that are Inf": int(t.isinf().sum())})

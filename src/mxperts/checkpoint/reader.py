@@ -14,7 +14,7 @@ from torch import Tensor
 from mxperts.checkpoint.config import parse
 from mxperts.checkpoint.layout import ModelScheme
 from mxperts.checkpoint.safetensors_file import TensorInfo, read_header
-from mxperts.checkpoint.stored import MXModule, mx_modules, stored_tensor
+from mxperts.checkpoint.stored import Complain, MXModule, mx_modules, refuse, stored_tensor
 from mxperts.errors import CheckpointError
 from mxperts.tensor import MXTensor
 
@@ -44,11 +44,16 @@ class Checkpoint:
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, *, complain: Complain = refuse) -> Checkpoint:
         """Read and check config, index and the headers of all files; no data.
 
+        Args:
+            path: the folder.
+            complain: told what is wrong with single tensors, which are then left out of ``mx``.
+
         Raises:
-            CheckpointError: something is missing, damaged, contradictory or unsupported; the message says where.
+            CheckpointError: something is missing, damaged, contradictory or unsupported, single tensors included if
+                ``complain`` is left out; the message says where.
         """
         path = Path(path)
         if not path.is_dir():
@@ -56,7 +61,7 @@ class Checkpoint:
         config = _read_json(path / CONFIG)
         scheme = parse(config)
         tensors = _tensors(path)
-        mx = {} if scheme is None else mx_modules(tensors, scheme, config)
+        mx = {} if scheme is None else mx_modules(tensors, scheme, config, complain)
         return cls(path=path, config=config, scheme=scheme, tensors=tensors, mx=mx)
 
     @property

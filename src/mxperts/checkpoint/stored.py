@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,15 @@ _SCALES = ("U8", "F8_E8M0")
 _FLOATS = ("BF16", "F16", "F32")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What configs call the number of experts in a layer."""
+
+
+Complain = Callable[[str, str], None]
+"""Called with a tensor, or a module, and what is wrong with it."""
+
+
+def refuse(tensor: str, what: str) -> None:
+    """Raise ``CheckpointError``: who wants to load a checkpoint needs to know of the first thing that is wrong."""
+    raise CheckpointError(what)
 
 
 def codes_dtype(fmt: BlockFormat) -> torch.dtype:
@@ -95,7 +104,7 @@ def stored_tensor(
 
 
 def mx_modules(
-    tensors: Mapping[str, TensorInfo], scheme: ModelScheme, config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo], scheme: ModelScheme, config: Mapping[str, Any], complain: Complain = refuse
 ) -> dict[str, MXModule]:
     """The quantised modules of a checkpoint.
 
@@ -103,19 +112,24 @@ def mx_modules(
         tensors: all tensors, by name.
         scheme: what the checkpoint's config says.
         config: its config.json.
+        complain: told of codes or scales that are missing, unexpected, or of the wrong dtype or shape, and of experts
+            that are missing or do not fit together.
 
     Raises:
-        CheckpointError: codes or scales are missing, unexpected, or of the wrong dtype or shape; or experts are missing
-            or do not fit together.
+        CheckpointError: by default, at the first of these.
     """
     found = {}
     for name, scales in tensors.items():
         if name.endswith(scheme.names.scales):
-            module = _module(tensors, scheme, name.removesuffix(scheme.names.scales), scales)
-            found[module.name] = module
-    _check_no_lone_codes(tensors, scheme, found)
-    _check_input_scales(tensors, scheme, found)
-    _check_experts(tensors, found, config)
+            try:
+                module = _module(tensors, scheme, name.removesuffix(scheme.names.scales), scales)
+            except CheckpointError as error:
+                complain(name, str(error))
+            else:
+                found[module.name] = module
+    _check_no_lone_codes(tensors, scheme, found, complain)
+    _check_input_scales(tensors, scheme, found, complain)
+    _check_experts(tensors, found, config, complain)
     return found
 
 
@@ -165,7 +179,9 @@ def _module(tensors: Mapping[str, TensorInfo], scheme: ModelScheme, name: str, s
     )
 
 
-def _check_no_lone_codes(tensors: Mapping[str, TensorInfo], scheme: ModelScheme, found: Mapping[str, MXModule]) -> None:
+def _check_no_lone_codes(
+    tensors: Mapping[str, TensorInfo], scheme: ModelScheme, found: Mapping[str, MXModule], complain: Complain
+) -> None:
     """Codes without scales, and experts that are not quantised though the config says so."""
     suffixes = {scheme.names.codes, *scheme.names.codes_of.values()}
     for name, info in tensors.items():
@@ -176,9 +192,10 @@ def _check_no_lone_codes(tensors: Mapping[str, TensorInfo], scheme: ModelScheme,
             wanted = _rule(scheme, module).scheme.weight
             # whether another float matrix is a linear layer, or an embedding or router, only the model can say
             if info.dtype not in _FLOATS or (wanted is not None and split_expert(module) is not None):
-                raise CheckpointError(
+                complain(
+                    name,
                     f"{info.file}: {name} is {info} and there are no scales {module}{scheme.names.scales}; "
-                    f"expected {wanted or 'an unquantised weight'} by {scheme.layout}'s config"
+                    f"expected {wanted or 'an unquantised weight'} by {scheme.layout}'s config",
                 )
         if (fused := split_fused(name)) is not None and info.dtype in _FLOATS:
             experts, projection = fused
@@ -186,39 +203,45 @@ def _check_no_lone_codes(tensors: Mapping[str, TensorInfo], scheme: ModelScheme,
             leaves = [s for part in parts for s in spellings(f"{experts}.0.{part}")]
             wanted = scheme.scheme_of(name, *leaves).weight
             if wanted is not None:
-                raise CheckpointError(f"{info.file}: {name} is {info}; expected {wanted} by {scheme.layout}'s config")
+                complain(name, f"{info.file}: {name} is {info}; expected {wanted} by {scheme.layout}'s config")
 
 
-def _check_input_scales(tensors: Mapping[str, TensorInfo], scheme: ModelScheme, found: Mapping[str, MXModule]) -> None:
+def _check_input_scales(
+    tensors: Mapping[str, TensorInfo], scheme: ModelScheme, found: Mapping[str, MXModule], complain: Complain
+) -> None:
     for module in found.values():
         if module.scheme.activation != FP8_STATIC:
             continue
         name = f"{module.name}{scheme.names.input_scale}"
         info = tensors.get(name)
         if info is None:
-            raise CheckpointError(f"no file has {name}, the static scale of the input that the config calls for")
-        if info.dtype not in _FLOATS or info.shape not in ((), (1,)):
-            raise CheckpointError(f"{info.file}: {name} is {info}; expected one number in {' or '.join(_FLOATS)}")
+            complain(name, f"no file has {name}, the static scale of the input that the config calls for")
+        elif info.dtype not in _FLOATS or info.shape not in ((), (1,)):
+            complain(name, f"{info.file}: {name} is {info}; expected one number in {' or '.join(_FLOATS)}")
 
 
-def _check_experts(tensors: Mapping[str, TensorInfo], found: Mapping[str, MXModule], config: Mapping[str, Any]) -> None:
+def _check_experts(
+    tensors: Mapping[str, TensorInfo], found: Mapping[str, MXModule], config: Mapping[str, Any], complain: Complain
+) -> None:
     """All experts of a layer have the same projections in the same shapes, and these fit together."""
     layers: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
     for name, shape in _expert_shapes(tensors, found):
         experts, index, projection = name
         layers.setdefault(experts, {}).setdefault(index, {})[projection] = shape
-    count = next((n for n in _expert_counts(config)), None)
+    count = next((n for n in expert_counts(config)), None)
     for experts, by_index in layers.items():
         first = by_index[min(by_index)]
         for index in range(max(by_index) + 1 if count is None else count):
-            for projection in first:
-                if projection not in by_index.get(index, {}):
-                    raise CheckpointError(f"no file has the weight of {experts}.{index}.{projection}")
-            if by_index[index] != first:
-                raise CheckpointError(
-                    f"{experts}: expert {index} has {_print(by_index[index])}, expert {min(by_index)} {_print(first)}"
+            shapes = by_index.get(index, {})
+            missing = [projection for projection in first if projection not in shapes]
+            for projection in missing:
+                complain(f"{experts}.{index}", f"no file has the weight of {experts}.{index}.{projection}")
+            if not missing and shapes != first:
+                complain(
+                    f"{experts}.{index}",
+                    f"{experts}: expert {index} has {_print(shapes)}, expert {min(by_index)} {_print(first)}",
                 )
-        _check_fit(experts, first)
+        _check_fit(experts, first, complain)
 
 
 def _expert_shapes(
@@ -233,7 +256,7 @@ def _expert_shapes(
             yield expert, info.shape
 
 
-def _check_fit(experts: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_fit(experts: str, shapes: Mapping[str, tuple[int, ...]], complain: Complain) -> None:
     named = {p: shapes[s] for p, group in SPELLINGS.items() for s in group if s in shapes}
     down = named.get("down_proj")
     for projection, shape in named.items():
@@ -241,13 +264,15 @@ def _check_fit(experts: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
             continue
         rows = 2 * down[1] if projection == "gate_up_proj" else down[1]
         if shape != (rows, down[0]):
-            raise CheckpointError(
+            complain(
+                experts,
                 f"{experts}: the projections do not fit together: {_print(shapes)}; with this down projection "
-                f"{projection} should be {[rows, down[0]]}"
+                f"{projection} should be {[rows, down[0]]}",
             )
 
 
-def _expert_counts(config: Mapping[str, Any]) -> Iterator[int]:
+def expert_counts(config: Mapping[str, Any]) -> Iterator[int]:
+    """How many experts a layer has, wherever a config.json says it."""
     for holder in (config, config.get("text_config")):
         if isinstance(holder, Mapping):
             yield from (holder[key] for key in _EXPERT_COUNTS if type(holder.get(key)) is int)

@@ -21,6 +21,7 @@ from mxperts.cli.generate import generate
 from mxperts.cli.inspect import inspect
 from mxperts.cli.quantize import quantize
 from mxperts.cli.serve import ServeCommand, serve
+from mxperts.cli.verify import verify
 from mxperts.errors import ArgumentError, MxpertsError
 
 
@@ -80,6 +81,7 @@ app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tok
 app.command(epilog="Example: mxperts quantize path/to/model my-mxfp4 --scheme w_mxfp4_a_mxfp4")(quantize)
 app.command(epilog="Example: mxperts convert my-mxfp4 my-mxfp4-ct --format compressed-tensors")(convert)
 app.command(epilog="Example: mxperts inspect my-mxfp4 --deep")(inspect)
+app.command(epilog="Example: mxperts verify, or: mxperts verify my-mxfp4 --source path/to/model")(verify)
 app.add_typer(bench, name="bench")
 app.command(epilog="Example: mxperts demo --dir mxperts-demo")(demo)
 app.command(epilog="Example: mxperts doctor --output json")(doctor)

@@ -71,7 +71,9 @@ class Table:
 
 
 def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records, which have the same keys, as CSV with a header; None is an empty field."""
+    """Records, which have the same keys, as CSV with a header; None is an empty field. Nothing, if there are none."""
+    if not records:
+        return ""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()

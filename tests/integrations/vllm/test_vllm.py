@@ -15,7 +15,7 @@ import urllib.request
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.platforms")
 
 import vllm_models as checkpoints
 from vllm_engine import NEW_TOKENS, PROMPTS, SETTINGS, Run, by_transformers, distance, in_child, run

@@ -111,6 +111,8 @@ class MXQuantizer(HfQuantizer):  # type: ignore[misc]
             # Transformers < 5.23 does not cast a tensor that it renames.
             parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
         check_complete(model)
+        if all(parameter.is_meta for parameter in model.parameters()):
+            return model  # loaded for its names and shapes, with device_map="meta"; there are no numbers to finish
         if getattr(model.config, "distributed_config", None) is not None:
             self.has_only_part = expert_parallel().keep_local(model)
         for module in model.modules():
