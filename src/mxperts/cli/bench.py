@@ -40,6 +40,14 @@ bench = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ShapesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SHAPES]...",
+        help=f"Sizes E,k,H,I, or names: {', '.join(SHAPES)}. Default: small.",
+        show_default=False,
+    ),
+]
 SaveOption = Annotated[
     Path | None,
     typer.Option("--save", dir_okay=False, help="Append every row, with machine, versions and commit, as a JSON line."),
@@ -55,14 +63,7 @@ BaselineOption = Annotated[
 
 @bench.command(epilog="Example: mxperts bench layer gpt-oss-20b --tokens 1,16,512 --schemes w4a16,w4a4")
 def layer(
-    shapes: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SHAPES]...",
-            help=f"Sizes E,k,H,I, or names: {', '.join(SHAPES)}. Default: small.",
-            show_default=False,
-        ),
-    ] = None,
+    shapes: ShapesArgument = None,
     tokens: Annotated[str, typer.Option(help="Tokens in a call, separated by commas.")] = "1,4,16,64,512",
     schemes: Annotated[str, typer.Option(help="Names separated by commas, 'common' or 'all'.")] = "w_mxfp4",
     backends: BackendsOption = None,
@@ -213,14 +214,7 @@ def model(
     epilog="Example: torchrun --nproc-per-node 4 -m mxperts bench ep qwen3-30b-a3b --device cuda --schemes w4a16,w4a4"
 )
 def ep(
-    shapes: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SHAPES]...",
-            help=f"Sizes E,k,H,I, or names: {', '.join(SHAPES)}. Default: small.",
-            show_default=False,
-        ),
-    ] = None,
+    shapes: ShapesArgument = None,
     tokens: Annotated[str, typer.Option(help="Tokens of each process, separated by commas.")] = "1,64,512",
     schemes: Annotated[str, typer.Option(help="Names separated by commas, 'common' or 'all'.")] = "w4a16,w4a4",
     time_budget: Annotated[float, typer.Option(min=0, help="Seconds for each of what is timed.")] = 2.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 from mxperts.checkpoint.writer import partial_folder
 from mxperts.cli.output import say
 
-_EVERY = 2.0
+EVERY = 2.0
 """Seconds between two lines of progress."""
 
 
@@ -25,7 +25,7 @@ class Progress:
         now = time.monotonic()
         if self.begun_at is None:
             self.begun_at, self.start = done, now
-        if now - self.said >= _EVERY and done > self.begun_at:
+        if now - self.said >= EVERY and done > self.begun_at:
             self.said = now
             left = (now - self.start) * (total - done) / (done - self.begun_at)
             say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, about {left:.0f} s left")

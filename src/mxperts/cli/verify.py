@@ -13,13 +13,11 @@ import typer
 
 from mxperts.cli.options import DeviceOption, OutputOption, ThreadsOption, resolve_model, use_threads
 from mxperts.cli.output import Output, Table, say, show
+from mxperts.cli.progress import EVERY
 from mxperts.cli.progress import Progress as BytesProgress
 from mxperts.verification import cases, exact, golden
 from mxperts.verification.checkpoint import Severity, verify_checkpoint
 from mxperts.verification.exact import ALL, Check
-
-_EVERY = 2.0
-"""Seconds between two lines of progress."""
 
 
 def verify(
@@ -114,7 +112,7 @@ class Progress:
         self.said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.said >= _EVERY:
+        if time.monotonic() - self.said >= EVERY:
             self.said = time.monotonic()
             say(f"{self.place.backend} on {self.place.device}: {done} of {total} tests")
 
