@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from mxperts.backend.gpu import portable
-from mxperts.backend.gpu.cuda import grouped, single
+from mxperts.backend.gpu.cuda import folded, grouped, single
 from mxperts.backend.gpu.paths import CUDA, TRITON, forced, is_batch_invariant
 from mxperts.backend.gpu.prepared import are_tiles, projections
 from mxperts.errors import BackendUnavailable
@@ -31,4 +31,6 @@ def fused_experts(call: ExpertsCall, out: Tensor) -> None:
 
 def choose_kernel(call: ExpertsCall) -> ModuleType:
     """The module whose kernels are the fastest for so many tokens, or the one for any number of them."""
-    return single if single.takes(call) and not is_batch_invariant() else grouped
+    if is_batch_invariant():
+        return grouped
+    return single if single.takes(call) else folded if folded.takes(call) else grouped

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mxperts.backend.gpu.cuda import fold
 from mxperts.backend.gpu.cuda.element import bf16_rule
 from mxperts.backend.gpu.cuda.layout import Tiles
 from mxperts.backend.gpu.paths import CUDA, choose, forced
@@ -37,7 +38,8 @@ def prepare(weights: Sequence[Tensor], layout: ExpertsLayout) -> Sequence[Tensor
                 "path 'cuda' cannot hold these weights: they have NaN, Inf or a scale at the ends of the range"
             )
         return weights
-    return up.to_tiles(gate_up_packed, gate_up_scales), down.to_tiles(down_packed, down_scales)
+    tiles = up.to_tiles(gate_up_packed, gate_up_scales), down.to_tiles(down_packed, down_scales)
+    return tiles if fold.window(up.format) is None else (*tiles, fold.exponents(weights, (up, down)))
 
 
 def unprepare(weights: Sequence[Tensor], layout: ExpertsLayout) -> list[Tensor]:
@@ -49,8 +51,8 @@ def unprepare(weights: Sequence[Tensor], layout: ExpertsLayout) -> list[Tensor]:
 
 
 def are_tiles(weights: Sequence[Tensor]) -> bool:
-    """Whether these are prepared for the CUDA path."""
-    return len(weights) == 2
+    """Whether these are prepared for the CUDA path: tiles, and mostly what products in fp8 must know of them."""
+    return len(weights) < 4
 
 
 @lru_cache

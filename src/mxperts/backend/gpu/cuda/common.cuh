@@ -227,19 +227,24 @@ DI float power_of_two(int e) { return __uint_as_float((u32)(e + 127) << 23); }
 struct SharedScale {
   float to1, to2, from1, from2;
 
-  DI explicit SharedScale(u32 amax) {
+  // The scale byte of a block whose largest magnitude has these bits.
+  DI static int of(u32 amax) {
     int field = (int)((amax + RULE_CARRY) >> 23);
-    int s = field >= RULE_OVERFLOW ? 254 : min(max(field - RULE_OFFSET, 0), 254);
-    int e = 127 - s, e1 = e >> 1, e2 = e - e1;
+    return field >= RULE_OVERFLOW ? 254 : min(max(field - RULE_OFFSET, 0), 254);
+  }
+  DI explicit SharedScale(u32 amax) {
+    int e = 127 - of(amax), e1 = e >> 1, e2 = e - e1;
     to1 = power_of_two(e1), to2 = power_of_two(e2), from1 = power_of_two(-e1), from2 = power_of_two(-e2);
   }
-  // A finite value, quantised and back.
-  DI float quantize(float x) const {
+  // The element that a finite value becomes.
+  DI float quantize_element(float x) const {
     float m = fabsf(x) * to1 * to2;
     int top = min(max((int)(__float_as_uint(m) >> 23) - 127, RULE_EMIN), RULE_ETOP);
     float magic = power_of_two(top + 23 - RULE_MANTISSA);  // its unit in the last place is the element's
-    return copysignf(fminf((m + magic) - magic, __uint_as_float(RULE_LARGEST)) * from1 * from2, x);
+    return copysignf(fminf((m + magic) - magic, __uint_as_float(RULE_LARGEST)), x);
   }
+  // A finite value, quantised and back.
+  DI float quantize(float x) const { return quantize_element(x) * from1 * from2; }
 };
 #endif
 
@@ -264,12 +269,23 @@ typedef float real;
 DI bool given(float c) { return c == c; }
 DI real clamp_above(real x, real most) { return x > most ? most : x; }  // NaN stays
 DI real clamp_both(real x, real most) { return x > most ? most : x < -most ? -most : x; }
+#if HIDDEN == 0
+// x * sigmoid(z) by two instructions' approximations, which bf16 does not show.
+DI float times_sigmoid(float x, float z) {
+  const float scaled = z * 1.4426950408889634f;
+  float e, y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(z > -80.f ? -scaled : scaled));  // e^z where 1 + e^-z would be too large
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(1.f + e));
+  return x * (z > -80.f ? y : e);
+}
+#else
 // x * sigmoid(z); the exponential neither overflows nor underflows before the result does.
 DI real times_sigmoid(real x, real z) {
   if (z >= 0) return x / (1 + exp(-z));
   real e = exp(z / 2);
   return x * e * e / (1 + e * e);
 }
+#endif
 DI real gelu(real x) { return x * erfc(x * (real)-0.70710678118654752) / 2; }
 DI real gelu_tanh(real x) { return times_sigmoid(x, (real)1.5957691216057308 * (x + (real)0.044715 * x * x * x)); }
 DI real relu2(real x) { return x < 0 ? 0 : x * x; }

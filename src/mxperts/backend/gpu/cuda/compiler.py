@@ -55,6 +55,7 @@ class Kernel:
         threads: int,
         shared_bytes: int = 0,
         name: str | None = None,
+        cluster: int = 1,
     ) -> None:
         """Compile, or find compiled, and load.
 
@@ -64,6 +65,7 @@ class Kernel:
             device: index.
             threads, shared_bytes: see above.
             name: of the function, if it is not that of the source.
+            cluster: blocks of a cluster, from compute capability 9.0 on.
         """
         from cuda.bindings import driver
 
@@ -86,8 +88,15 @@ class Kernel:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        self._config.attrs = [attribute]
-        self._config.numAttrs = 1
+        attributes = [attribute]
+        if cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attribute.value.clusterDim
+            size.x, size.y, size.z = cluster, 1, 1
+            attributes.append(attribute)
+        self._config.attrs = attributes
+        self._config.numAttrs = len(attributes)
 
     def __call__(self, blocks: int | tuple[int, int], arguments: ctypes.Structure, stream: int) -> None:
         """Launch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -38,7 +38,7 @@ _ITEM_COST = 6
 _WARPS = 8
 """That compute, of a block of ``narrow``."""
 _MOST_STAGES = 8
-_TILE_BYTES = 32
+TILE_BYTES = 32
 _RESERVED = 1024
 """Shared memory that every block has besides its own; as much again is left for what is not sized here."""
 
@@ -67,13 +67,16 @@ class Product:
         return self.shares == (0, 0)
 
 
-class _Arguments(CallArguments):
+class GroupedArguments(CallArguments):
     """``Args`` of grouped.cuh."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("totals", "tiles", "position", "source", "expert", "local")),
         *((name, ctypes.c_void_p) for name in ("xq", "a", "h", "y")),
         *((name, ctypes.c_int64) for name in ("aligned", "second")),
+        *((name, ctypes.c_void_p) for name in ("folded", "base", "outside", "picked", "exact")),
+        *((name, ctypes.c_void_p) for name in ("rows1", "rows2", "unfit", "counted")),
+        ("positions", ctypes.c_int64),
     )
 
 
@@ -89,10 +92,16 @@ class _Kernels:
 
 def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
     """Write the sum over each token's experts into ``out`` [T, H]."""
+    for part, result in parts(call, out):
+        _fused_experts(part, result, first, second)
+
+
+def parts(call: ExpertsCall, out: Tensor) -> Iterator[tuple[ExpertsCall, Tensor]]:
+    """A call as several of at most ``MOST_PAIRS`` pairs, which bounds the workspace."""
     tokens, k = call.top_k_index.shape
     together = max(1, MOST_PAIRS // k)
     if tokens <= together:
-        _fused_experts(call, out, first, second)
+        yield call, out
         return
     for start in range(0, tokens, together):
         turn = slice(start, start + together)
@@ -102,7 +111,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
             top_k_index=call.top_k_index[turn],
             top_k_weights=call.top_k_weights[turn],
         )
-        _fused_experts(part, out[turn], first, second)
+        yield part, out[turn]
 
 
 def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -> None:
@@ -121,7 +130,7 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
     _memory, addresses = workspace(
         device,
         totals=8,
-        tiles=_TILE_BYTES * most_tiles(pairs, layout.experts, product.tile),
+        tiles=TILE_BYTES * most_tiles(pairs, layout.experts, product.tile),
         position=4 * pairs,
         source=4 * pairs,
         expert=2 * pairs,
@@ -130,7 +139,7 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
         h=pairs * UNIT_ROWS * max(first.units * dtype.itemsize, second.units * 4),
     )
     direct = given.direct and not product.is_wide
-    arguments = _Arguments(
+    arguments = GroupedArguments(
         **{**given.fields, **addresses, "direct": direct},
         xq=addresses["a"],
         y=addresses["h"],
@@ -216,7 +225,12 @@ def wide(each: float, planes: int) -> Product:
     if most <= _FEW:
         return Product(_FEW, units=16)
     limit = _MANY if planes == 1 else _FEWEST
-    return Product(max(_FEWEST, -(-math.ceil(most / math.ceil(most / limit)) // 16) * 16))
+    return Product(max(_FEWEST, even_tile(most, limit)))
+
+
+def even_tile(most: float, limit: int) -> int:
+    """Tokens of a tile when so many are shared out evenly to as few tiles as may be, a multiple of 16."""
+    return -(-math.ceil(most / math.ceil(most / limit)) // 16) * 16
 
 
 def narrow(
@@ -283,6 +297,20 @@ def stages(product: Product, slice_bytes: int, planes: int, shared_bytes: int) -
     return number, number * stage + 1024  # from where an address is a multiple of 1024
 
 
+def sorting(experts: int) -> tuple[int, int]:
+    """The experts that ``sort`` has room for, and its warps."""
+    room = -(-experts // 64) * 64
+    return room, 32 if room <= 512 else 16
+
+
+def sort_kernel(experts: int, blocks: int, macros: Mapping[str, str], device: int) -> Kernel:
+    """``sort``, whose blocks are a cluster."""
+    room, segments = sorting(experts)
+    more = {"SEGMENTS": str(segments), "EXPERTS": str(room), "CLUSTER": str(blocks)}
+    size = 4 * room * (segments + 4)
+    return Kernel("sort", {**macros, **more}, device, threads=32 * segments, shared_bytes=size, cluster=blocks)
+
+
 @lru_cache(maxsize=256)
 def _kernels(
     layout: ExpertsLayout,
@@ -296,11 +324,10 @@ def _kernels(
     assert layout.weight is not None
     properties, planes = device_of(device), hidden_macros(dtype, activation).planes
     coarse = product.is_wide and product.units == 8
-    experts = -(-layout.experts // 64) * 64
-    segments = 32 if experts <= 512 else 16
     macros = {
         **problem_macros(layout, dtype, out_dtype, activation, function),
         "WGMMA": str(int(product.is_wide)),
+        "FOLDED": "0",
         "MOST_N": str(product.tile),
         "STEP_N": "16" if coarse else "8",
         "LEAST_N": str(_FEWEST) if coarse else "8",
@@ -330,7 +357,7 @@ def _kernels(
             for n in product.shares
         ]
     return _Kernels(
-        kernel("sort", 32 * segments, 4 * experts * (segments + 3), SEGMENTS=segments, EXPERTS=experts),
+        sort_kernel(layout.experts, 1, macros, device),
         kernel("inputs", 128, SECOND=0),
         kernel("inputs", 128, SECOND=1),
         products,

@@ -101,9 +101,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) narrow(const __gri
   let_next_start();
   const Projection q(p);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int items = p.totals[0] * q.items_of_tile;
+  const int items = q.items();
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
-    const Item item(p, q, i);
+    const Item item(q.tiles, q.items_of_tile, i);
     __syncthreads();  // all have read what the item before had in shared memory
     for (int n = threadIdx.x; n < item.tile.count; n += THREADS) rows[n] = q.row(item.tile, n);
     __syncthreads();

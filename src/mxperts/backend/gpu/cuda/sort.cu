@@ -1,9 +1,11 @@
-// Pairs (token, slot) sorted by expert, those of one expert in their order, and the tiles they are computed in. One block,
-// each of whose warps has a run of the pairs: it counts them, and once all have counted it knows where they go.
+// Pairs (token, slot) sorted by expert, those of one expert in their order, and the tiles they are computed in. Each warp of a few
+// blocks has a run of the pairs: it counts them, and once all have counted it knows where they go.
 //
-//   SEGMENTS    warps
+//   CLUSTER     blocks, which are a cluster
+//   SEGMENTS    warps of each
 //   EXPERTS     at least the number of experts
 #include "grouped.cuh"
+#include "cluster.cuh"
 #include "overlap.cuh"
 
 constexpr int THREADS = 32 * SEGMENTS;
@@ -35,15 +37,17 @@ DI int sum_before(int v, int lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_constant__ Args p) {
   extern __shared__ int counts[];  // [SEGMENTS, EXPERTS]
-  int* start = counts + SEGMENTS * EXPERTS;  // [EXPERTS], as are the next two
-  int* length = start + EXPERTS;
-  int* tile = length + EXPERTS;
+  int* own = counts + SEGMENTS * EXPERTS;  // [EXPERTS] pairs of this block, as are the next
+  int* length = own + EXPERTS;             // pairs of all blocks
+  int* start = length + EXPERTS;
+  int* tile = start + EXPERTS;
   wait_for_previous();
   let_next_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int pairs = (int)(p.T * p.k), k = (int)p.k, E = (int)p.E;
-  const int run = ((pairs + SEGMENTS - 1) / SEGMENTS + 31) / 32 * 32;
-  const int begin = warp * run, end = min(pairs, begin + run);
+  const int rank = rank_in_cluster(), segments = SEGMENTS * CLUSTER;
+  const int run = ((pairs + segments - 1) / segments + 31) / 32 * 32;
+  const int begin = (rank * SEGMENTS + warp) * run, end = min(pairs, begin + run);
   int* mine = counts + warp * EXPERTS;
 
   for (int i = threadIdx.x; i < SEGMENTS * EXPERTS; i += THREADS) counts[i] = 0;
@@ -70,23 +74,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
       counts[s * EXPERTS + e] = total;
       total += n;
     }
-    length[e] = total;
+    own[e] = total;
+  }
+  wait_for_cluster();
+  int before_rank[(EXPERTS + THREADS - 1) / THREADS];
+#pragma unroll
+  for (int i = 0; i < (EXPERTS + THREADS - 1) / THREADS; i++) {
+    const int e = i * THREADS + threadIdx.x;
+    int total = 0;
+    before_rank[i] = 0;
+    if (e < EXPERTS) {
+      for (int r = 0; r < CLUSTER; r++) {
+        if (r == rank) before_rank[i] = total;
+        total += load_of_cluster(own + e, r);
+      }
+      length[e] = total;
+    }
   }
   __syncthreads();
   if (warp == 0) {
     int position = 0, tiles = 0;
     for (int e = lane; e < EXPERTS; e += 32) {
-      int n = length[e], t = (n + MOST_N - 1) / MOST_N;
+      int n = FOLDED ? (length[e] + 7) / 8 * 8 : length[e], t = (length[e] + MOST_N - 1) / MOST_N;
       int before = sum_before(n, lane), tiles_before = sum_before(t, lane);
       start[e] = position + before;
       tile[e] = tiles + tiles_before;
       position += __shfl_sync(0xffffffffu, before + n, 31);
       tiles += __shfl_sync(0xffffffffu, tiles_before + t, 31);
     }
-    if (lane == 0) p.totals[0] = tiles, p.totals[1] = position;
+    if (lane == 0 && rank == 0) {
+      p.totals[0] = tiles, p.totals[1] = position;
+      if (FOLDED) p.totals[2] = p.totals[3] = 0;
+    }
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < E; e += THREADS) {
+  if (FOLDED && rank == 0) {
+    for (int e = threadIdx.x; e < E; e += THREADS)
+      for (int i = length[e]; i % 8; i++) p.source[start[e] + i] = -1;
+  }
+  for (int e = threadIdx.x; rank == 0 && e < E; e += THREADS) {
     int n = length[e], t = (n + MOST_N - 1) / MOST_N;
     if (t == 0) continue;
     int size = round_up((n + t - 1) / t);
@@ -97,6 +123,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
       p.tiles[tile[e] + i] = {e, start[e] + i * size, count, n_of_tile, group_at, min(GROUP, t - group), {0, 0}};
     }
   }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < (EXPERTS + THREADS - 1) / THREADS; i++) {
+    const int e = i * THREADS + threadIdx.x;
+    if (e < EXPERTS) start[e] += before_rank[i];
+  }
+  __syncthreads();
   for (int first = begin; first < end; first += 32 * AT_ONCE) {
     int e[AT_ONCE];
 #pragma unroll
@@ -122,4 +155,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sort(const __grid_const
       }
     }
   }
+  wait_for_cluster();  // others read from here
 }

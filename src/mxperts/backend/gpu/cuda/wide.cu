@@ -3,9 +3,15 @@
 // shared memory. Sums stay in registers over all of K. Four warps copy, which leave registers to the groups of four that
 // compute: two of them, which have room for the sums of many tokens, or four, which decode faster.
 //
+// Where products are fp8's, it computes what these have not all inputs of.
+//
 //   STAGES      steps of 64 of K that are in shared memory
 #include "overlap.cuh"
+#if FOLDED
+#include "pick.cuh"
+#endif
 #include "product.cuh"
+#include "ring.cuh"
 #include "wgmma.cuh"
 
 constexpr int ROW = 128;                        // bytes of a token's inputs in a step
@@ -16,41 +22,7 @@ constexpr int THREADS = 128 + 32 * UNITS;
 constexpr int COPYING = UNITS == 8 ? 40 : 32, COMPUTING = UNITS == 8 ? 232 : 112;  // registers of a thread
 static_assert(128 * COPYING + 32 * UNITS * COMPUTING <= 65536 / THREADS / 8 * 8 * THREADS, "what a block is launched with");
 
-// 1024-byte aligned, as the swizzle wants it.
-DI u32 stages_at(const u8* shared) { return (shared_address(shared) + 1023) & ~1023u; }
-
-#if STEP_N == 8
-#define FOR_EACH_N(X) X(8) X(16) X(24) X(32) X(40) X(48)
-#else
-#define FOR_EACH_N(X) X(64) X(80) X(96) X(112) X(128) X(144) X(160)
-#endif
-
 // ---- copying and computing warps ---------------------------------------------------------------------------------------
-
-DI void barrier_init(u32 b, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(arrivals) : "memory");
-}
-DI void barrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(b) : "memory"); }
-DI void barrier_wait(u32 b, u32 phase) {
-  asm volatile("{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra AGAIN; DONE: }"
-               :: "r"(b), "r"(phase) : "memory");
-}
-DI void make_visible() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // what was written, to wgmma
-DI void make_barriers_visible() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  make_visible();
-}
-DI void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DI void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> DI void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
-
-// Stages of the ring, in turn.
-struct Turn {
-  u32 stage, phase;
-  DI void advance() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
-  }
-};
 
 constexpr int LAG = STAGES > 6 ? 5 : STAGES - 2;  // steps whose copies are on their way while those of the next are begun
 constexpr int QUARTER = UNITS / 4;                // units of a copying warp
@@ -74,7 +46,7 @@ DI void copy_items(const Args& p, const Projection& q, int items, u32 stages, u3
   Turn turn = {0, 0}, ready = {0, 0};
   int begun = 0;
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
-    const Item item(p, q, i);
+    const Item item(q.tiles, q.items_of_tile, i);
     const int first = (thread >> 5) * QUARTER, units = min(QUARTER, q.units - item.unit - first);
     u32 from[MOST_N / 16];
 #pragma unroll
@@ -136,8 +108,7 @@ DI void compute(const Args& p, const Projection& q, const Item& item, Turn& turn
   Slice s = load_slice(stages + turn.stage * STAGE + own, lane);
   decode_block<0>(s, a[0]);
   for (int step = 0; step < q.steps; step++) {
-    // 128-byte rows, swizzled, 1024 bytes for each eight of them.
-    const u64 tokens = (u64)1 << 62 | (u64)64 << 32 | (u64)1 << 16 | (u64)(((stages + turn.stage * STAGE) & 0x3ffff) >> 4);
+    const u64 tokens = swizzled_rows(stages + turn.stage * STAGE);
     wgmma_begin();
     multiply_block<N, 0>(c, a[0], tokens);
     wgmma_commit();
@@ -181,8 +152,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   __syncthreads();
   wait_for_previous();
   let_next_start();
+#if FOLDED
+  const int outside = p.totals[2 + p.second];
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    atomicAdd(p.counted, (u64)(p.T * p.k));
+    atomicAdd(p.counted + 1, (u64)outside);
+  }
+  if (outside == 0) return;
+  const Projection q(p, pick<THREADS>(p, (int*)shared));
+#else
   const Projection q(p);
-  const int items = p.totals[0] * q.items_of_tile;
+#endif
+  const int items = q.items();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COPYING));
     copy_items(p, q, items, stages, full, empty);
@@ -191,9 +172,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4;
     Turn turn = {0, 0};
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
-      const Item item(p, q, i);
+      const Item item(q.tiles, q.items_of_tile, i);
       switch (item.tile.n) {
-#define CASE(N) case N: if constexpr (N <= MOST_N) compute<N>(p, q, item, turn, stages, full, empty, warp, lane); break;
+#define CASE(N) case N: if constexpr (LEAST_N <= N && N <= MOST_N) compute<N>(p, q, item, turn, stages, full, empty, warp, lane); break;
         FOR_EACH_N(CASE)
       }
     }
