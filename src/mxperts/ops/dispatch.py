@@ -7,9 +7,10 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from mxperts.errors import ArgumentError, BackendUnavailable
 from mxperts.formats import MXFP4, Activation, BlockFormat, parse_activation
@@ -124,6 +125,16 @@ BACKENDS = (
 """In the order in which "auto" asks them."""
 
 
+class Prepared(Protocol):
+    """What ``explain`` needs of ``PreparedExperts``."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def backend(self) -> str: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """The answer to "which backend?".
@@ -187,6 +198,7 @@ def explain(
     weight: BlockFormat | str | None = None,
     activation: Activation = None,
     backend: str = "auto",
+    prepared: Prepared | None = None,
 ) -> Choice:
     """Which backend would run a problem, and why; ``print`` it.
 
@@ -196,6 +208,8 @@ def explain(
         weight: weight format or its name; None for unquantised weights.
         activation: activation format or its name; None for unquantised activations.
         backend: "auto" or a backend's name.
+        prepared: experts, as ``prepare`` gave them; the answer then says, too, how many inputs their backend computed
+            in another way than it would have liked to. This waits for the device.
 
     Raises:
         ArgumentError, BackendUnavailable: as the operation itself would raise them.
@@ -211,7 +225,16 @@ def explain(
         activation=parse_activation(activation),
     )
     choice = resolve(backend, problem)
-    return replace(choice, how=choice.backend.load("describe")(problem))
+    how = choice.backend.load("describe")(problem)
+    if prepared is not None and (said := report(prepared)):
+        how += f"; {said}"
+    return replace(choice, how=how)
+
+
+def report(prepared: Prepared) -> str:
+    """What a backend has counted of its calls with prepared weights, in words; empty if it counts nothing."""
+    package = _package(next(b.module for b in BACKENDS if b.name == prepared.backend))
+    return str(package.report(prepared.weights)) if hasattr(package, "report") else ""
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, str]:

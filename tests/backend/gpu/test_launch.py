@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import mxperts as mx
-from mxperts.backend.gpu.cuda import grouped, single
+from mxperts.backend.gpu.cuda import fold, folded, grouped, single
 from mxperts.backend.gpu.cuda.layout import Tiles
 from mxperts.backend.gpu.experts import choose_kernel
-from mxperts.backend.gpu.paths import batch_invariant
+from mxperts.backend.gpu.paths import batch_invariant, fp8_products
 from mxperts.backend.gpu.prepared import projections
 from mxperts.formats import BLOCK_FORMATS, FP8_DYNAMIC, parse_activation
 from mxperts.ops.activation import bind_activation
@@ -52,7 +52,7 @@ class Notes:
 @pytest.fixture(autouse=True)
 def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     LAUNCHED.clear()
-    for module in (grouped, single):
+    for module in (grouped, single, folded):
         monkeypatch.setattr(module, "Kernel", Notes)
         module._kernels.cache_clear()
     grouped.device_of.cache_clear()
@@ -62,7 +62,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     yield
     grouped.device_of.cache_clear()
-    for module in (grouped, single):
+    for module in (grouped, single, folded):
         module._kernels.cache_clear()
 
 
@@ -226,3 +226,38 @@ def test_warps_share_units_where_there_are_few() -> None:
     for units, steps in itertools.product((90, 720, 5220, 20000), (12, 45, 224)):
         rounds = [-(-units * n // (8 * 528)) * -(-steps // n) for n in (1, grouped.share(units, steps, 528))]
         assert rounds[1] <= rounds[0]
+
+
+def test_many_tokens_of_quantised_inputs_are_computed_in_fp8() -> None:
+    """Where it is asked for, weights are prepared for it, inputs have binades to spare, and sums need not be exact."""
+    up, down = (torch.zeros(8, *shape, dtype=torch.uint8) for shape in ((192, 64), (128, 48)))
+    scales = [torch.full((8, rows, blocks), 120, dtype=torch.uint8) for rows, blocks in ((192, 4), (128, 3))]
+    c = call(400, activation_format=mx.MXFP4)
+    known = fold.exponents([up, scales[0], down, scales[1]], projections(c.layout))
+    c = replace(c, weights=[*c.weights, known])
+    assert choose_kernel(c) is grouped
+    with fp8_products():
+        check_fp8(c)
+
+
+def check_fp8(c: ExpertsCall) -> None:
+    assert choose_kernel(c) is folded
+    for change in (
+        {"activation_format": None},
+        {"activation_format": mx.MXINT8},
+        {"accumulation": "exact"},
+        {"hidden_states": c.hidden_states.half()},
+        {"weights": c.weights[:2]},
+        {"top_k_index": c.top_k_index[:100], "hidden_states": c.hidden_states[:100]},
+    ):
+        assert choose_kernel(replace(c, **change)) is not folded
+    with batch_invariant():
+        assert choose_kernel(c) is grouped
+
+    folded.fused_experts(c, torch.empty(400, 128, dtype=torch.bfloat16), *projections(c.layout))
+    assert [name for name, *_ in LAUNCHED] == ["sort", *["fold", "folded", "wide"] * 2, "combine"]
+    assert [a.second for _, _, a in LAUNCHED[1:-1]] == [0, 0, 0, 1, 1, 1]
+    assert LAUNCHED[0][1] % folded._SORTING == 0
+    assert LAUNCHED[2][1] % folded._CLUSTER == 0
+    assert LAUNCHED[0][2].positions % 8 == 0
+    assert LAUNCHED[0][2].positions >= 800 + 7 * 8 + folded.tile_of(800, 8)

@@ -7,11 +7,12 @@ import itertools
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from mxperts.backend.gpu.cuda import compiler, grouped, single
+from mxperts.backend.gpu.cuda import compiler, folded, grouped, single
 from mxperts.backend.gpu.cuda.layout import Tiles
 from mxperts.backend.gpu.cuda.macros import (
     FUNCTIONS,
@@ -22,14 +23,23 @@ from mxperts.backend.gpu.cuda.macros import (
     weight_macros,
 )
 from mxperts.errors import BackendUnavailable, MxpertsError
-from mxperts.formats import BLOCK_FORMATS, MXFP4, BlockFormat
+from mxperts.formats import (
+    BLOCK_FORMATS,
+    FP8_DYNAMIC,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    Activation,
+    BlockFormat,
+)
 from mxperts.ops.activation import ACTIVATIONS
+from mxperts.ops.prepare import ExpertsLayout
 
 needs_compiler = pytest.mark.skipif(compiler.why_not() is not None, reason=str(compiler.why_not()))
-GROUPED = {"MOST_N": "64", "STEP_N": "8", "LEAST_N": "8", "UNITS": "8", "WGMMA": "0"}
+GROUPED = {"MOST_N": "64", "STEP_N": "8", "LEAST_N": "8", "UNITS": "8", "WGMMA": "0", "FOLDED": "0"}
 LAUNCH = {
     "single": {"WARPS1": "8", "DEEP1": "1", "WARPS2": "16", "DEEP2": "2"},
-    "sort": {**GROUPED, "SEGMENTS": "32", "EXPERTS": "64"},
+    "sort": {**GROUPED, "SEGMENTS": "32", "EXPERTS": "64", "CLUSTER": "1"},
     "inputs": {**GROUPED, "SECOND": "0"},
     "narrow": {**GROUPED, "SHARE": "1", "CHUNK": "16", "DEPTH": "4", "BLOCKS": "1", "EXACT": "0"},
     "wide": {**GROUPED, "STAGES": "4"},
@@ -72,11 +82,32 @@ def test_every_choice_compiles(source: str, i: int, tmp_path: Path, monkeypatch:
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("weight", "activation"), [(MXFP4, MXFP4), (MXFP6_E2M3, FP8_DYNAMIC), (MXFP6_E3M2, MXFP6_E3M2)]
+)
+def test_products_in_fp8_compile(weight: BlockFormat, activation: Activation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernels that the launcher asks for, as it asks for them."""
+    compiled: list[str] = []
+
+    class Compiled:
+        def __init__(self, source: str, macros: dict[str, str], device: int, **options: Any) -> None:
+            assert compiler.machine_code(source, macros, (9, 0))[:4] == b"\x7fELF"
+            compiled.append(source)
+
+    for module in (folded, grouped):
+        monkeypatch.setattr(module, "Kernel", Compiled)
+    monkeypatch.setattr(folded, "device_of", lambda index: grouped.Device(132, 232448, 233472, True))
+    layout = ExpertsLayout(weight=weight, experts=8, hidden=128, intermediate=96, gated=True, interleaved=False)
+    folded._kernels.__wrapped__(layout, torch.bfloat16, activation, "silu", 32, 0)
+    assert compiled == ["sort", "fold", "fold", "folded", "wide", "combine"]
+
+
+@needs_compiler
 @pytest.mark.parametrize(("module", "source"), [(single, "single"), (grouped, "narrow")])
 def test_kernels_and_launchers_agree_about_arguments(
     module: ModuleType, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    structure = module._Arguments
+    structure = module.Arguments
     fields = [name for base in reversed(structure.__mro__) for name, *_ in vars(base).get("_fields_", ())]
     constants = {"limit", "alpha", "beta", "linear_beta"}
     checks = [

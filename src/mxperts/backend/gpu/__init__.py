@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from mxperts.backend.gpu.cuda import fold, folded
 from mxperts.backend.gpu.experts import fused_experts
-from mxperts.backend.gpu.paths import CUDA, choose, cuda_refuses
+from mxperts.backend.gpu.paths import CUDA, are_fp8_products_wanted, choose, cuda_refuses
 from mxperts.backend.gpu.portable import mx_linear, sum_slots
-from mxperts.backend.gpu.prepared import prepare, unprepare
+from mxperts.backend.gpu.prepared import are_tiles, prepare, unprepare
 from mxperts.backend.gpu.quantize import dequantize, fake_quantize, quantize
 from mxperts.ops.dispatch import Problem
 
@@ -21,7 +25,16 @@ def describe(problem: Problem | None) -> str:
     path = choose(problem.device)
     why = "" if path is CUDA else f"; not path cuda: {cuda_refuses(problem.device) or 'another was asked for'}"
     unprepared = ", once they are prepared" if path is CUDA else ""
-    return f"path {path.name}: {path.summary}{unprepared}{why}"
+    fp8 = f"; {folded.summary()}" if path is CUDA and are_fp8_products_wanted() and folded.suits(problem) else ""
+    return f"path {path.name}: {path.summary}{unprepared}{fp8}{why}"
+
+
+def report(weights: Sequence[Tensor]) -> str:
+    """How many inputs of prepared weights were computed in bf16 although products are fp8's."""
+    if not are_tiles(weights) or len(weights) < 3:
+        return ""
+    computed, outside = fold.counted(weights[2])
+    return f"so far {outside} of {computed} inputs in fp8's products were computed in bf16, as fp8 has not all of them"
 
 
 SUMS = torch.float32
@@ -36,6 +49,7 @@ __all__ = [
     "mx_linear",
     "prepare",
     "quantize",
+    "report",
     "sum_slots",
     "unprepare",
 ]

@@ -13,8 +13,9 @@ from mxperts.tensor import MXTensor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Inputs:
-    """The inputs of one linear layer over the calibration text, as moments. x̂ is x as the matmul reads it: quantised and
-    dequantised where the scheme quantises activations, else x itself.
+    """The inputs of one linear layer over the calibration text, as moments.
+
+    x̂ is x as the matmul reads it: quantised and dequantised where the scheme quantises activations, else x itself.
 
     Attributes:
         rows: how many inputs there were.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mxperts.backend.gpu.cuda.element import bf16_rule
-from mxperts.backend.gpu.cuda.layout import UNIT_ROWS, Tiles
+from mxperts.backend.gpu.cuda.layout import PADDING_SCALE, UNIT_ROWS, Tiles
 from mxperts.formats import (
     E4M3,
     E5M2,
@@ -31,7 +31,7 @@ _SLACK = 128
 
 @lru_cache
 def window(fmt: BlockFormat, operand: ElementFormat = E4M3) -> tuple[int, int] | None:
-    """The smallest and the largest r such that an fp8 format has every element times 2^r; None without binades to spare."""
+    """The smallest and the largest r such that fp8 has every element times 2^r; None where no binade is to spare."""
     if fmt.element.bits > 6:
         return None
     there = set(operand.magnitudes)
@@ -148,7 +148,7 @@ def _row_exponents(fmt: BlockFormat, packed: Tensor, scales: Tensor) -> tuple[Te
     row = torch.where(empty, SCALE_BIAS, highest - rule.most)
     bad = ~empty & ((lowest - row < rule.least) | (row < LOWEST) | (row > HIGHEST))
     field = s - row[:, None] + rule.exponent  # blocks of zeros too must not have an Inf there
-    bad |= (field > rule.fields).any(-1)
+    bad |= (field > rule.fields).any(-1) | (PADDING_SCALE - row + rule.exponent > rule.fields)
     if not rule.e5m2:
         bad |= (field < 1).any(-1)
     return row.clamp(0, 255).to(torch.uint8), bad.any()

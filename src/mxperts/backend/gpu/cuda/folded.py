@@ -14,8 +14,8 @@ from mxperts.backend.gpu.cuda.arguments import Given, active_experts, current, w
 from mxperts.backend.gpu.cuda.compiler import Kernel
 from mxperts.backend.gpu.cuda.grouped import (
     TILE_BYTES,
+    Arguments,
     Device,
-    GroupedArguments,
     Product,
     device_of,
     even_tile,
@@ -27,7 +27,9 @@ from mxperts.backend.gpu.cuda.grouped import (
 )
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
 from mxperts.backend.gpu.cuda.macros import problem_macros
+from mxperts.backend.gpu.paths import are_fp8_products_wanted
 from mxperts.formats import Activation, BlockFormat
+from mxperts.ops.dispatch import Problem
 from mxperts.ops.experts import ExpertsCall
 from mxperts.ops.prepare import ExpertsLayout
 
@@ -52,17 +54,38 @@ _RESERVED = 4096
 """Shared memory of a block besides its stages."""
 
 
-def takes(call: ExpertsCall) -> bool:
-    """Whether a call is one for fp8: a scheme whose products it has, weights prepared for it, and enough tokens."""
-    if len(call.weights) < 3 or call.accumulation == "exact" or call.hidden_states.dtype is not torch.bfloat16:
-        return False
-    assert call.layout.weight is not None
-    static = call.input_scales or ()
+def suits(problem: Problem) -> bool:
+    """Whether fp8 has the products of a problem, on its device."""
     return (
-        fold.can_fold(call.layout.weight, call.activation_format)
+        problem.weight is not None
+        and problem.dtype is torch.bfloat16
+        and fold.can_fold(problem.weight, problem.activation)
+        and device_of(current(problem.device)[0]).wgmma
+    )
+
+
+def summary() -> str:
+    """One line for people."""
+    return f"from {LEAST_PAIRS} tokens an expert on in fp8 matrix units, scales folded into exponents"
+
+
+def takes(call: ExpertsCall) -> bool:
+    """Whether a call is one for fp8: asked for, products it has, weights prepared for it, and enough tokens."""
+    layout, static = call.layout, call.input_scales or ()
+    problem = Problem(
+        op="fused_experts",
+        device=call.hidden_states.device,
+        dtype=call.hidden_states.dtype,
+        weight=layout.weight,
+        activation=call.activation_format,
+    )
+    return (
+        are_fp8_products_wanted()
+        and len(call.weights) == 3
+        and call.accumulation != "exact"
+        and _each(call.top_k_index.numel(), layout.experts) >= LEAST_PAIRS
         and all(scale is None or scale.numel() == 1 for scale in static)
-        and device_of(current(call.hidden_states.device)[0]).wgmma
-        and _each(call.top_k_index.numel(), call.layout.experts) >= LEAST_PAIRS
+        and suits(problem)
     )
 
 
@@ -98,7 +121,7 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
         y=4 * room * second.units * UNIT_ROWS,
     )
     known = fold.addresses(call.weights[2], (first, second), layout.experts)
-    arguments = GroupedArguments(
+    arguments = Arguments(
         **{**given.fields, **addresses, "direct": False},
         xq=addresses["y"],  # which is written later
         aligned=given.x.stride(0) * 2 % 16 == 0 and given.x.data_ptr() % 16 == 0,
@@ -129,7 +152,7 @@ def tile_of(pairs: int, experts: int) -> int:
 
 
 def promoted(weight: BlockFormat, activation: Activation) -> int:
-    """After how much of K sums in fp8 are added up in float32: the wider the elements, the more bits they would lose."""
+    """After how much of K sums in fp8 are added up in float32: products that span more binades lose more bits."""
     wide = [f for f in (weight, activation) if isinstance(f, BlockFormat) and f.element.exponent_bits > 2]
     return 64 if len(wide) == 2 else 128
 

@@ -67,7 +67,7 @@ class Product:
         return self.shares == (0, 0)
 
 
-class GroupedArguments(CallArguments):
+class Arguments(CallArguments):
     """``Args`` of grouped.cuh."""
 
     _fields_ = (
@@ -139,7 +139,7 @@ def _fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) 
         h=pairs * UNIT_ROWS * max(first.units * dtype.itemsize, second.units * 4),
     )
     direct = given.direct and not product.is_wide
-    arguments = GroupedArguments(
+    arguments = Arguments(
         **{**given.fields, **addresses, "direct": direct},
         xq=addresses["a"],
         y=addresses["h"],

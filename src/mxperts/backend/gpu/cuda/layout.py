@@ -17,11 +17,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mxperts.formats import SCALE_BIAS, BlockFormat
+from mxperts.formats import BlockFormat
 from mxperts.packing import pack, unpack
 
 CELL_ROWS, UNIT_ROWS, STEP = 16, 32, 64
 LANES = 32
+PADDING_SCALE = 64
+"""Of blocks of zeros beyond the end of a row: whatever it is multiplied by, 2^(64 - 127) times that is a number."""
 _NIBBLES = ((15, 8, 7, 6), (12, 5, 4, 3), (13, 2, 1, 0), (14, 11, 10, 9))
 """Where the sign and the three bits next to it stand, of the four registers of an mma's A: see ``patterns`` in CUDA."""
 
@@ -111,7 +113,7 @@ class Tiles:
     def _fill(self, out: Tensor, packed: Tensor, scales: Tensor) -> None:
         order = self.row_order.to(packed.device)
         codes = _padded(unpack(packed, self.format), self.steps * STEP, 0)[order]
-        blocks = _padded(scales, self.steps * 2, SCALE_BIAS)[order]
+        blocks = _padded(scales, self.steps * 2, PADDING_SCALE)[order]
         out[:, :, : 2 * self.cell_bytes] = self._to_cells(codes).flatten(-2)
         cells = blocks.view(self.units, 2, 2, 8, self.steps, 2)  # unit, cell, half, g, step, block
         out[:, :, 2 * self.cell_bytes :] = cells.permute(0, 4, 3, 1, 5, 2).flatten(2)

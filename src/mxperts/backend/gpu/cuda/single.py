@@ -29,7 +29,7 @@ _BITS_AT_ONCE = 24
 """Slices of one cell that a warp has registers for, times the bits of a code."""
 
 
-class _Arguments(CallArguments):
+class Arguments(CallArguments):
     """``Args`` of single.cu."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("xq", "a", "af"))
@@ -112,7 +112,7 @@ def fused_experts(call: ExpertsCall, out: Tensor, first: Tiles, second: Tiles) -
         a=2 * planes * pairs * width2,
         af=4 * pairs * width2 if activation == FP8_DYNAMIC else 0,
     )
-    arguments = _Arguments(**given.fields, **addresses)
+    arguments = Arguments(**given.fields, **addresses)
     if not given.direct:
         warps = rows1 if activation == FP8_DYNAMIC else rows1 * width1 // 32
         kernels.inputs(-(-warps // 8), arguments, stream)
