@@ -15,6 +15,7 @@ from mxperts.errors import ArgumentError, BackendUnavailable
 from mxperts.formats import MXFP4, Activation, BlockFormat, parse_activation
 from mxperts.formats import format as lookup
 from mxperts.formats.naming import suggest
+from mxperts.rotation import check_rotation
 
 OPERATIONS = ("quantize", "dequantize", "fake_quantize", "mx_linear", "fused_experts")
 
@@ -29,6 +30,7 @@ class Problem:
         dtype: of the hidden states, or of the tensor to be quantised.
         weight: format of the weights; None where there are none or they are unquantised.
         activation: format that the input is quantised to, as ``Scheme.activation``.
+        rotation: by what inputs are rotated before that; None for nothing.
     """
 
     op: str
@@ -36,6 +38,7 @@ class Problem:
     dtype: torch.dtype
     weight: BlockFormat | None = None
     activation: Activation = None
+    rotation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ _package = lru_cache(importlib.import_module)
 def _cpu_refuses(problem: Problem) -> str | None:
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}, not on a CPU"
+    if problem.rotation is not None:
+        return "it does not rotate inputs yet"
     if problem.weight is None and problem.op in ("mx_linear", "fused_experts"):
         return "its weights are packed; these are dense"
     return None
@@ -85,6 +90,8 @@ def _gpu_refuses(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device}, not on a GPU"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU; it may be a build for CPUs, or the driver is missing"
+    if problem.rotation is not None:
+        return "it does not rotate inputs yet"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install mxperts[gpu]"
     capability = torch.cuda.get_device_capability(problem.device)
@@ -186,6 +193,7 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     weight: BlockFormat | str | None = None,
     activation: Activation = None,
+    rotation: str | None = None,
     backend: str = "auto",
 ) -> Choice:
     """Which backend would run a problem, and why; ``print`` it.
@@ -195,6 +203,7 @@ def explain(
         device, dtype: of the hidden states, or of the tensor to be quantised.
         weight: weight format or its name; None for unquantised weights.
         activation: activation format or its name; None for unquantised activations.
+        rotation: as in ``fused_experts``.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -203,12 +212,14 @@ def explain(
     """
     if op not in OPERATIONS:
         raise ArgumentError(f"unknown operation {op!r}; {suggest(op, OPERATIONS)}")
+    check_rotation(rotation)
     problem = Problem(
         op=op,
         device=torch.device(device),
         dtype=dtype,
         weight=None if weight is None else lookup(weight),
         activation=parse_activation(activation),
+        rotation=rotation,
     )
     choice = resolve(backend, problem)
     return replace(choice, how=choice.backend.load("describe")(problem))

@@ -126,6 +126,7 @@ def mx_linear(
     bias: Tensor | None,
     activation: Activation,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]: [..., N] in ``out_dtype``.
