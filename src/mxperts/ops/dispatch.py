@@ -78,8 +78,6 @@ _package = lru_cache(importlib.import_module)
 def _cpu_refuses(problem: Problem) -> str | None:
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}, not on a CPU"
-    if problem.rotation is not None:
-        return "it does not rotate inputs yet"
     if problem.weight is None and problem.op in ("mx_linear", "fused_experts"):
         return "its weights are packed; these are dense"
     return None
