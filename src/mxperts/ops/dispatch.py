@@ -88,8 +88,6 @@ def _gpu_refuses(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device}, not on a GPU"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU; it may be a build for CPUs, or the driver is missing"
-    if problem.rotation is not None:
-        return "it does not rotate inputs yet"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install mxperts[gpu]"
     capability = torch.cuda.get_device_capability(problem.device)

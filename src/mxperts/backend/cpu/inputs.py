@@ -86,7 +86,7 @@ def is_large(x: Any, limit: int) -> bool:
 
 @jit
 def rotate_input(address: int, x: Any) -> None:
-    """Whole blocks ``x``, float32 [n], of an input of the call at an address: rotated, in place, if the call asks for it.
+    """Rotate, in place, whole blocks ``x``, float32 [n], of an input of the call at an address, if it asks for that.
 
     Quantising reads the float32 numbers; where nothing is quantised, they are rounded to the input's dtype.
     """
