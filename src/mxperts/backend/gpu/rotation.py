@@ -15,11 +15,16 @@ _STEPS = tl.constexpr(len(STRIDES))
 def rotate_blocks(x):
     """Rotated as inputs are: float32 of the shape of ``x``, float32 [N, 32]."""
     for step in tl.static_range(_STEPS):  # strides 1, 2, 4, 8, 16
-        stride: tl.constexpr = 1 << step
-        pairs = tl.reshape(x, [x.shape[0], 16 // stride, 2, stride])
-        a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))  # [N, 16 / stride, stride]
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), [x.shape[0], 32])
+        x = _butterflies(x, 1 << step)
     return x * _FACTOR
+
+
+@triton.jit
+def _butterflies(x, STRIDE: tl.constexpr):
+    """All pairs (a, b) of float32 [N, 32] that lie a stride apart become (a + b, a - b)."""
+    pairs = tl.reshape(x, [x.shape[0], 16 // STRIDE, 2, STRIDE])
+    a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))  # [N, 16 / STRIDE, STRIDE]
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), [x.shape[0], 32])
 
 
 @triton.jit
