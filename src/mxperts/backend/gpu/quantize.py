@@ -85,7 +85,7 @@ def fake_quantize(x: Tensor, fmt: BlockFormat, recipe: Recipe, generator: torch.
 
 
 def qdq_input(x: Tensor, rule: BlockRule | None, *, rotated: bool) -> Tensor:
-    """``x`` [..., K] in its dtype, rotated first if it is to be, quantised and dequantised if there is a rule for it."""
+    """``x`` [..., K] in its dtype, rotated first if it is to be, then quantised and dequantised by a rule, if any."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         rows, k = _rows(x), x.shape[-1]

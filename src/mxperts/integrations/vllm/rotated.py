@@ -52,6 +52,6 @@ class MXRotatedConfig(QuantizationConfig):  # type: ignore[misc]
 
 def _refuse(config: dict[str, Any]) -> NoReturn:
     raise CheckpointError(
-        f"the weights of this checkpoint are rotated by {config.get('rotation')!r}, and vLLM does not rotate the inputs "
-        "of its layers: serve it with `mxperts serve`, or quantise the checkpoint that it came from without a rotation"
+        f"the weights of this checkpoint are rotated by {config.get('rotation')!r}, and vLLM does not rotate inputs: "
+        "serve it with `mxperts serve`, or quantise the checkpoint that it came from without a rotation"
     )
