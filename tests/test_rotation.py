@@ -125,5 +125,5 @@ def test_refusals(rotate: object, value: object, message: str) -> None:
 def test_unknown_rotations_are_refused() -> None:
     check_rotation(None, k=33)
     check_rotation("hadamard32", k=64)
-    with pytest.raises(ArgumentError, match="unknown rotation 'hadamard16'.*hadamard32"):
+    with pytest.raises(ArgumentError, match=r"unknown rotation 'hadamard16'.*hadamard32"):
         check_rotation("hadamard16")

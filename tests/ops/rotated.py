@@ -28,12 +28,17 @@ def identity(fmt: str, rows: int = WIDTH) -> mx.MXTensor:
     return mx.quantize(torch.eye(WIDTH).repeat(rows // WIDTH, 1).expand(E, -1, -1), fmt, backend="reference")
 
 
-def run(x: Tensor, weight: str, activation_format: str | None, backend: str, **changes: Any) -> Tensor:
+def run(
+    x: Tensor, weight: str, activation_format: str | None, backend: str, *, device: str = "cpu", **changes: Any
+) -> Tensor:
     """``relu2`` of the first input, quantised, is the second; the result is that, quantised: no sum has two terms.
 
     Each expert has its own static scales.
     """
-    scales = torch.tensor([0.013, 0.5, 0.0625]), torch.tensor([0.25, 0.0371, 0.5])
+    scales = (
+        torch.tensor([0.013, 0.5, 0.0625], device=device),
+        torch.tensor([0.25, 0.0371, 0.5], device=device),
+    )
     arguments: dict[str, Any] = {
         "activation": "relu2_no_mul",
         "activation_format": activation_format,
@@ -43,9 +48,9 @@ def run(x: Tensor, weight: str, activation_format: str | None, backend: str, **c
     }
     ids = torch.arange(len(x)).unsqueeze(1) % E
     routing = torch.exp2(torch.arange(len(x)) % 3 - 1.0).unsqueeze(1)
-    down = identity(weight)
-    y: Tensor = mx.fused_experts(x, identity(weight), down, ids, routing, **{**arguments, **changes})
-    return y
+    given = (x, identity(weight), identity(weight), ids, routing)
+    y: Tensor = mx.fused_experts(*(t.to(device) for t in given), **{**arguments, **changes})
+    return y.cpu()
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""fused_experts and mx_linear with a rotation: the reference against a dense computation, kernels against the reference."""
+"""Operations with a rotation: the reference against a dense computation, kernels against the reference."""
 
 from __future__ import annotations
 
