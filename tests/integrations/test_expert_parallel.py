@@ -87,6 +87,13 @@ def test_logits_are_those_of_one_process(spread: tuple[int, Any]) -> None:
         assert case["experts"] == [m.num_experts // n for _, m in mx_experts(model)]
 
 
+def test_rotated_rows_travel_as_they_are_and_give_the_same(spread: tuple[int, Any]) -> None:
+    _, found = spread
+    model = mx.load(FIXTURES / "bf16-qwen3_moe", scheme="w4a4", rotation="hadamard32")
+    assert torch.equal(found["rotated"], logits_of(model))
+    assert not torch.equal(found["rotated"], logits_of(mx.load(FIXTURES / "bf16-qwen3_moe", scheme="w4a4")))
+
+
 def test_each_process_has_its_share_of_the_experts_and_no_more(spread: tuple[int, Any]) -> None:
     n, found = spread
     model: Any = mx.load(FIXTURES / "quark-qwen3_moe-mxfp4")

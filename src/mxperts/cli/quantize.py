@@ -88,7 +88,7 @@ def quantize(
             "dst": str(dst),
             "dry_run": dry_run,
             "scheme": summary.scheme.name,
-            "format": format.value,
+            "format": summary.format,
             "rotation": rotate,
             "modules": summary.modules,
             "excluded": list(summary.excluded),
