@@ -130,7 +130,7 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         mx = quantize(weight if target.rotation is None else rotate_weight(weight), target.format)
         if missing_keys is not None:
             missing_keys.discard(target.scales)
-        codes = mx.packed[..., : target.format.stored_size(mx.k)].reshape(*weight.shape[:-1], *target.row)
+        codes = mx.packed[..., : target.format.stored_size(mx.k)].reshape(*weight.shape[:-1], *target.row).contiguous()
         tensors = {full_layer_name: codes, target.scales: mx.scales}
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
