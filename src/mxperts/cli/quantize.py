@@ -42,6 +42,13 @@ def quantize(
         str | None, typer.Option(help="floor, even, rceil, ceil or rfloor instead of the preset's.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Whose numbers: quark, vllm, ocp, torchao …")] = None,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROTATION",
+            help="hadamard32: rotate blocks of weights, and of inputs at run time; only mxperts runs the result.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be written.")] = False,
     output: OutputOption = None,
 ) -> None:
@@ -60,6 +67,7 @@ def quantize(
             layer_schemes=dict(_layer(text) for text in layer or ()),
             preset=preset,
             scale_rule=scale_rule,
+            rotation=rotate,
             progress=Progress(),
             dry_run=dry_run,
         )
@@ -68,8 +76,9 @@ def quantize(
     sizes = [(kind, before[kind], after[kind]) for kind in KINDS]
     sizes.append(("all", sum(before.values()), sum(after.values())))
     rows = [[kind, f"{b / 1e6:.3f}", f"{a / 1e6:.3f}", f"{b / a:.2f}x" if a else ""] for kind, b, a in sizes]
+    what = f"{summary.scheme}, rotated by {rotate}" if rotate else f"{summary.scheme}"
     note = (
-        f"{summary.scheme}: {summary.modules} layers quantised, {len(summary.excluded)} left as they are; "
+        f"{what}: {summary.modules} layers quantised, {len(summary.excluded)} left as they are; "
         f"{'would be ' if dry_run else ''}written to {dst}"
     )
     show(
@@ -79,7 +88,8 @@ def quantize(
             "dst": str(dst),
             "dry_run": dry_run,
             "scheme": summary.scheme.name,
-            "format": format.value,
+            "format": summary.format,
+            "rotation": rotate,
             "modules": summary.modules,
             "excluded": list(summary.excluded),
             "bytes_before": dict(before),

@@ -16,6 +16,7 @@ from mxperts.errors import ArgumentError, BackendUnavailable
 from mxperts.formats import MXFP4, Activation, BlockFormat, parse_activation
 from mxperts.formats import format as lookup
 from mxperts.formats.naming import suggest
+from mxperts.rotation import check_rotation
 
 OPERATIONS = ("quantize", "dequantize", "fake_quantize", "mx_linear", "fused_experts")
 
@@ -30,6 +31,7 @@ class Problem:
         dtype: of the hidden states, or of the tensor to be quantised.
         weight: format of the weights; None where there are none or they are unquantised.
         activation: format that the input is quantised to, as ``Scheme.activation``.
+        rotation: by what inputs are rotated before that; None for nothing.
     """
 
     op: str
@@ -37,6 +39,7 @@ class Problem:
     dtype: torch.dtype
     weight: BlockFormat | None = None
     activation: Activation = None
+    rotation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +200,7 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     weight: BlockFormat | str | None = None,
     activation: Activation = None,
+    rotation: str | None = None,
     backend: str = "auto",
     prepared: Prepared | None = None,
 ) -> Choice:
@@ -207,6 +211,7 @@ def explain(
         device, dtype: of the hidden states, or of the tensor to be quantised.
         weight: weight format or its name; None for unquantised weights.
         activation: activation format or its name; None for unquantised activations.
+        rotation: as in ``fused_experts``.
         backend: "auto" or a backend's name.
         prepared: experts, as ``prepare`` gave them; the answer then says, too, how many inputs their backend computed
             in another way than it would have liked to. This waits for the device.
@@ -217,12 +222,14 @@ def explain(
     """
     if op not in OPERATIONS:
         raise ArgumentError(f"unknown operation {op!r}; {suggest(op, OPERATIONS)}")
+    check_rotation(rotation)
     problem = Problem(
         op=op,
         device=torch.device(device),
         dtype=dtype,
         weight=None if weight is None else lookup(weight),
         activation=parse_activation(activation),
+        rotation=rotation,
     )
     choice = resolve(backend, problem)
     how = choice.backend.load("describe")(problem)

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxperts.checkpoint import Checkpoint, quark
+from mxperts.checkpoint import Checkpoint, quark, rotated
 from mxperts.checkpoint.config import layout_of
 from mxperts.checkpoint.fields import check_pattern
 from mxperts.checkpoint.rewrite import rewrite, sizes
 from mxperts.checkpoint.rules import rules_of
 from mxperts.checkpoint.writer import check_absent
-from mxperts.errors import CheckpointError
+from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import MXFP4, BlockFormat, Role, ScaleRule, Scheme, recipe
 from mxperts.quantization.plan import Numbers, make_plan
+from mxperts.rotation import check_rotation
 
 DEFAULT_EXCLUDE = (
     r"re:(?!.*\.((gate|up|down|gate_up)_proj|w[123]|fc[12])$)",
@@ -34,6 +35,7 @@ class Summary:
 
     Attributes:
         dst: the folder written; None after a dry run.
+        format: the layout.
         scheme: of all that is not excluded.
         modules: linear layers quantised.
         excluded: linear layers, routers and embeddings left as they are.
@@ -43,6 +45,7 @@ class Summary:
     """
 
     dst: Path | None
+    format: str
     scheme: Scheme
     modules: int
     excluded: Sequence[str]
@@ -62,6 +65,7 @@ def quantize_checkpoint(
     preset: str | None = None,
     scale_rule: ScaleRule | str | None = None,
     input_scales: Mapping[str, float] | None = None,
+    rotation: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
 ) -> Summary:
@@ -81,6 +85,8 @@ def quantize_checkpoint(
         layer_schemes: other schemes for some layers, by name, glob or ``re:``; the first match counts.
         preset, scale_rule: see ``mxperts.quantize``.
         input_scales: the scales of static fp8 activations by layer.
+        rotation: "hadamard32" rotates every weight that is quantised before it is, and has inputs rotated at run time.
+            The result is in a layout of our own, which only mxperts reads: see docs/rotation.md.
         progress: called with bytes of the source done and in total.
         dry_run: only plan, read and write no tensor.
 
@@ -91,18 +97,19 @@ def quantize_checkpoint(
         CheckpointError: ``src`` is damaged or already quantised, ``dst`` exists, ``<dst>.partial`` was begun with other
             settings, or the disk is too small.
         ArgumentError: nothing would be quantised, a pattern of ``layer_schemes`` matches nothing, static fp8
-            activations have no scales, there is no such layout, or it cannot hold one of the layers.
+            activations have no scales, there is no such layout, it cannot hold one of the layers, or one cannot be
+            rotated.
         FormatError: unknown scheme, preset or scale rule.
     """
     scheme = Scheme(scheme)
     dst = Path(dst)
     recipe(scheme.weight or MXFP4, Role.WEIGHT, preset=preset, scale_rule=scale_rule)  # complains about unknown names
     check_absent(dst)
-    layout = layout_of(format)
+    format = _layout_name(format, rotation)
     checkpoint = Checkpoint.open(src)
     _check_unquantized(checkpoint)
     rule = scale_rule.value if isinstance(scale_rule, ScaleRule) else scale_rule
-    numbers = Numbers(preset=preset, scale_rule=rule, input_scales=dict(input_scales or {}))
+    numbers = Numbers(preset=preset, scale_rule=rule, input_scales=dict(input_scales or {}), rotation=rotation)
     plan = make_plan(
         checkpoint,
         scheme,
@@ -114,7 +121,9 @@ def quantize_checkpoint(
     rules = rules_of(plan.schemes, default=scheme)
     resumed, (before, after) = 0, sizes(plan.shards)
     if not dry_run:
-        config = dict(checkpoint.config) | {"quantization_config": layout.write(rules, _scale_rule(numbers))}
+        options = {} if rotation is None else {"rotation": rotation}
+        quantization = layout_of(format).write(rules, _scale_rule(numbers), **options)
+        config = dict(checkpoint.config) | {"quantization_config": quantization}
         settings = {
             "format": format,
             "scheme": str(scheme),
@@ -122,10 +131,12 @@ def quantize_checkpoint(
             "preset": numbers.preset,
             "scale_rule": numbers.scale_rule,
             "input_scales": dict(numbers.input_scales),
+            "rotation": rotation,
         }
         resumed = rewrite(checkpoint, dst, config, plan.shards, settings, progress)
     return Summary(
         dst=None if dry_run else dst,
+        format=format,
         scheme=scheme,
         modules=plan.modules,
         excluded=[rule.pattern for rule in rules if rule.scheme == Scheme("none")],
@@ -133,6 +144,22 @@ def quantize_checkpoint(
         bytes_after=after,
         resumed=resumed,
     )
+
+
+def _layout_name(format: str, rotation: str | None) -> str:
+    """The layout to write: the one that is asked for, but our own for what is rotated.
+
+    Raises:
+        ArgumentError: the one cannot be had with the other.
+    """
+    if layout_of(format) is rotated:
+        raise ArgumentError(f"the layout {format!r} is that of rotated weights: name a rotation instead")
+    check_rotation(rotation)
+    if rotation is None:
+        return format
+    if format != quark.NAME:
+        raise ArgumentError(f"the {format} layout has no words for rotated weights; leave format out with a rotation")
+    return rotated.NAME
 
 
 def excluded_patterns(exclude: str | Iterable[str] | None) -> list[str]:

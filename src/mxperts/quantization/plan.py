@@ -20,6 +20,7 @@ from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import FP8_STATIC, BlockFormat, Scheme
 from mxperts.ops.quantize import FLOAT_DTYPES, quantize
 from mxperts.quantization.leaves import BIAS, WEIGHT, Leaf, leaves
+from mxperts.rotation import check_rotation, rotate_weight
 
 _CHUNK = 1 << 24
 """Values that are quantised at a time, which bounds memory."""
@@ -35,11 +36,13 @@ class Numbers:
         preset: whose recipe.
         scale_rule: instead of the preset's.
         input_scales: of static fp8 activations, by module.
+        rotation: by what weights are rotated before.
     """
 
     preset: str | None
     scale_rule: str | None
     input_scales: Mapping[str, float]
+    rotation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def make_plan(
 
     Raises:
         ArgumentError: a pattern in ``layer_schemes`` matches nothing, nothing is left to quantise, input scales are
-            missing, or the layout cannot hold one of the layers.
+            missing, the layout cannot hold one of the layers, or one cannot be rotated.
         CheckpointError: a tensor cannot be quantised; the message says why.
     """
     names = layout_of(format).NAMES
@@ -120,7 +123,7 @@ def make_plan(
 
 
 def _jobs(pieces: Sequence[Piece], names: TensorNames) -> list[Job]:
-    return [job(piece, names) for piece in (stack_experts(pieces) if names.blocked else pieces)]
+    return [job(piece, names) for piece in (stack_experts(pieces) if names.stacked else pieces)]
 
 
 def _check_input_scales(schemes: Mapping[str, Scheme], scales: Mapping[str, float]) -> None:
@@ -171,7 +174,7 @@ def _leaf_pieces(
         role=_ROLES[leaf.part],
         scheme=_NONE if fmt is None else scheme,
         dtypes=(dtype,) if fmt is None else (torch.uint8, torch.uint8),
-        shapes=(leaf.shape,) if fmt is None else _packed_shapes(leaf, fmt),
+        shapes=(leaf.shape,) if fmt is None else _packed_shapes(leaf, fmt, numbers.rotation),
         make=(lambda: [values()]) if fmt is None else lambda: _quantize(values(), fmt, numbers),
         nbytes=dtype.itemsize * torch.Size(leaf.shape).numel(),
         kind=kind_of(info.name, info.shape),
@@ -193,7 +196,7 @@ def _number(value: float) -> list[Tensor]:
     return [torch.tensor(value)]
 
 
-def _packed_shapes(leaf: Leaf, fmt: BlockFormat) -> tuple[tuple[int, ...], ...]:
+def _packed_shapes(leaf: Leaf, fmt: BlockFormat, rotation: str | None) -> tuple[tuple[int, ...], ...]:
     """Shapes of codes and scales as they are stored: without the padding of a last block."""
     info = leaf.source
     if DTYPES[info.dtype] not in FLOAT_DTYPES:
@@ -203,6 +206,7 @@ def _packed_shapes(leaf: Leaf, fmt: BlockFormat) -> tuple[tuple[int, ...], ...]:
         raise CheckpointError(
             f"{info.file}: a row of {k} values of {info.name} does not fill whole bytes in {fmt}; exclude {leaf.module}"
         )
+    check_rotation(rotation, **{leaf.module: k})
     return (rows, fmt.stored_size(k)), (rows, fmt.blocks(k))
 
 
@@ -214,6 +218,7 @@ def _quantize(weight: Tensor, fmt: BlockFormat, numbers: Numbers) -> tuple[Tenso
     step = max(1, _CHUNK // k)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        t = quantize(weight[part], fmt, preset=numbers.preset, scale_rule=numbers.scale_rule)
+        values = weight[part] if numbers.rotation is None else rotate_weight(weight[part])
+        t = quantize(values, fmt, preset=numbers.preset, scale_rule=numbers.scale_rule)
         codes[part], scales[part] = t.packed[:, : codes.shape[1]], t.scales
     return codes, scales
