@@ -71,7 +71,8 @@ def _order(moment: Tensor, size: int) -> Tensor:
     diagonal = moment.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, size))  # [E, B, 32]
     inside = diagonal.argsort(dim=-1, descending=True, stable=True)
     blocks = diagonal.sum(-1).argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)  # [E, B, 1]
-    return (blocks * size + torch.take_along_dim(inside, blocks, 1)).flatten(-2)
+    order: Tensor = blocks * size + torch.take_along_dim(inside, blocks, 1)
+    return order.flatten(-2)
 
 
 def _permute(t: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:

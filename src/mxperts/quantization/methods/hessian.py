@@ -17,7 +17,7 @@ def damped(moment: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     inverse; both float64.
 
     ``damping`` times the mean of the diagonal is enough for moments of any data; where rounding made one indefinite,
-    ten times as much is tried, and so on. Channels that never had an input, and so padding, are left apart from all others.
+    ten times as much is tried, and so on. Channels that never had an input, and so padding, stay apart from all others.
     """
     moment = (moment.to(torch.float64) + moment.mT) / 2
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)  # [E]
