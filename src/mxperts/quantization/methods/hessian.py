@@ -7,7 +7,7 @@ from torch import Tensor
 
 DAMPING = 0.01
 """What is added to the diagonal of a moment, relative to the mean of the diagonal."""
-SHIFT_DAMPING = 0.1
+SHIFT_DAMPING = 0.2
 """The same for ``moved``, where it keeps what the calibration text says by chance out of the weights."""
 
 
