@@ -10,7 +10,7 @@ import torch
 import mxperts as mx
 from mxperts.errors import ArgumentError
 from mxperts.quantization.methods import Inputs, Problem
-from mxperts.quantization.methods.problem import operands
+from mxperts.quantization.methods.problem import inner_blocks, operands
 
 
 def inputs(k: int = 32, *stack: int) -> Inputs:
@@ -63,9 +63,23 @@ def test_moments_must_fit_each_other() -> None:
 def test_padding_has_neither_weight_nor_inputs() -> None:
     problem = Problem(weight=torch.ones(5, 40, dtype=torch.bfloat16), format=mx.MXFP4, inputs=inputs(40))
     weight, moment, cross = operands(problem)
+    assert moment is not None
     assert cross is not None
     assert (weight.shape, moment.shape, cross.shape) == ((1, 5, 64), (1, 64, 64), (1, 64, 64))
     assert weight.dtype == moment.dtype == torch.float32
     assert weight.sum() == 5 * 40
     assert moment[0].equal(torch.diag((torch.arange(64) < 40).float()))
     assert cross.equal(2 * moment)
+
+
+def test_blocks_on_the_diagonal() -> None:
+    moment = torch.arange(2 * 64 * 64).reshape(2, 64, 64)
+    blocks = inner_blocks(moment, 32)
+    assert blocks[1, 0].equal(moment[1, :32, :32])
+    assert blocks[0, 1].equal(moment[0, 32:, 32:])
+
+
+def test_without_inputs_there_are_no_moments() -> None:
+    weight, moment, cross = operands(Problem(weight=torch.ones(2, 3, 5), format=mx.MXFP4))
+    assert weight.shape == (2, 3, 32)
+    assert (moment, cross) == (None, None)

@@ -35,9 +35,9 @@ def gptq(problem: Problem, *, sweeps: int = SWEEPS) -> MXTensor:
 
     Without inputs, ``scale_search``.
     """
-    if problem.inputs is None:
-        return scale_search(problem)
     weight, moment, cross = operands(problem)  # [E, N, K], [E, K, K]
+    if moment is None:
+        return scale_search(problem)
     order = _order(moment, problem.format.block_size)  # [E, K]
     hessian, factor = damped(_permute(moment, order, order))
     target = _permute(weight if cross is None else moved(weight, moment, cross), None, order)

@@ -106,19 +106,26 @@ class Method(Protocol):
         ...
 
 
-def operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+def operands(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The weight as float32 [E, N, K'], and the moments of its inputs, x̂ᵀ x̂ and xᵀ x̂, as float32 [E, K', K'].
 
-    E = 1 where there is no stack. K' is K padded to whole blocks: padding has weight 0 and moment 0. Without inputs,
-    the moment is the identity.
+    E = 1 where there is no stack. K' is K padded to whole blocks: padding has weight 0 and moment 0. What the problem
+    does not have is None.
     """
     weight, inputs, k = problem.weight.to(torch.float32), problem.inputs, problem.weight.shape[-1]
-    weight = weight.reshape(-1, *weight.shape[-2:])
     padding = problem.format.blocks(k) * problem.format.block_size - k
 
-    def padded(moment: Tensor) -> Tensor:
+    def padded(moment: Tensor | None) -> Tensor | None:
+        if moment is None:
+            return None
         return torch.nn.functional.pad(moment.to(torch.float32).reshape(-1, k, k), (0, padding, 0, padding))
 
-    moment = torch.eye(k, device=weight.device).expand(len(weight), k, k) if inputs is None else inputs.moment
-    cross = None if inputs is None or inputs.cross is None else padded(inputs.cross)
-    return torch.nn.functional.pad(weight, (0, padding)), padded(moment), cross
+    weight = torch.nn.functional.pad(weight.reshape(-1, *weight.shape[-2:]), (0, padding))
+    return (weight, None, None) if inputs is None else (weight, padded(inputs.moment), padded(inputs.cross))
+
+
+def inner_blocks(moment: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonal of a moment [E, K, K]: [E, K / size, size, size]."""
+    blocks = moment.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [E, B, 32, B, 32]
+    inner: Tensor = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    return inner.contiguous()

@@ -8,6 +8,7 @@ from torch import Tensor
 from mxperts.quantization.methods.block import kernels, round_block
 from mxperts.quantization.methods.grid import Grid
 from mxperts.quantization.methods.hessian import damped
+from mxperts.quantization.methods.problem import inner_blocks
 
 
 def refine(
@@ -32,8 +33,7 @@ def refine(
     """
     values, exponents = values.clone(), exponents.clone()
     size = grid.format.block_size
-    blocks = hessian.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [E, B, 32, B, 32]
-    inner = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()  # [E, B, 32, 32]
+    inner = inner_blocks(hessian, size)  # [E, B, 32, 32]
     factors = damped(inner.flatten(0, 1), 0.0)[1].to(torch.float32).unflatten(0, inner.shape[:2])
     for _ in range(sweeps):
         slope = (target - values) @ hessian  # [E, N, K], minus half the gradient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mxperts.quantization.methods.grid import Grid
-from mxperts.quantization.methods.problem import Problem, operands
+from mxperts.quantization.methods.problem import Problem, inner_blocks, operands
 from mxperts.tensor import MXTensor
 
 
@@ -18,8 +18,7 @@ def scale_search(problem: Problem) -> MXTensor:
     weight, moment, _ = operands(problem)
     grid, size = Grid(problem), problem.format.block_size
     blocks = weight.unflatten(-1, (-1, size))  # [E, N, B, 32]
-    moments = moment.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [E, B, 32, B, 32]
-    moments = moments.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [E, B, 32, 32]
+    moments = torch.eye(size, device=weight.device)[None, None] if moment is None else inner_blocks(moment, size)
     best, least = torch.zeros_like(blocks), torch.full(blocks.shape[:-1], torch.inf, device=weight.device)
     chosen = torch.zeros_like(least, dtype=torch.int64)
     for exponent in grid.candidates(blocks):  # [E, N, B]
