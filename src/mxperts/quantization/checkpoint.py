@@ -16,7 +16,7 @@ from mxperts.checkpoint.writer import check_absent
 from mxperts.errors import CheckpointError
 from mxperts.formats import MXFP4, BlockFormat, Role, ScaleRule, Scheme, recipe
 from mxperts.quantization.calibration import Calibration
-from mxperts.quantization.choice import RTN, find_method, name_of
+from mxperts.quantization.choice import RTN, Methods
 from mxperts.quantization.methods.problem import Method
 from mxperts.quantization.plan import Numbers, Source, make_plan
 
@@ -72,6 +72,7 @@ def quantize_checkpoint(
     scale_rule: ScaleRule | str | None = None,
     input_scales: Mapping[str, float] | None = None,
     method: str | Method = RTN,
+    layer_methods: Mapping[str, str | Method] | None = None,
     calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
@@ -97,7 +98,8 @@ def quantize_checkpoint(
         preset, scale_rule: see ``mxperts.quantize``.
         input_scales: the scales of static fp8 activations by layer.
         method: how codes and scales are chosen: one of ``mxperts.quantization.methods.METHODS``, or a function.
-        calibration: the text to fit weights to; None for none. What each of its attributes is by default suits most.
+        layer_methods: other methods for some layers, by name, glob or ``re:``; the first match counts.
+        calibration: the text to fit weights to. Default: none, or where a method needs one, ``Calibration()``. What each of its attributes is by default suits most.
         progress: called with bytes of the source done and in total.
         dry_run: only plan, read and write no tensor.
 
@@ -121,7 +123,10 @@ def quantize_checkpoint(
     _check_unquantized(checkpoint)
     rule = scale_rule.value if isinstance(scale_rule, ScaleRule) else scale_rule
     numbers = Numbers(preset=preset, scale_rule=rule, input_scales=dict(input_scales or {}))
-    run = None if calibration is None else _calibrated(checkpoint, calibration, find_method(method), numbers, format)
+    methods = Methods(default=method, layers=dict(layer_methods or {}))
+    if calibration is None and methods.need_text:
+        calibration = Calibration()
+    run = None if calibration is None else _calibrated(checkpoint, calibration, methods, numbers, format)
     schemes = {pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()}
     if run is not None:
         plan = run.plan(scheme, excluded_patterns(exclude), schemes)
@@ -133,8 +138,9 @@ def quantize_checkpoint(
             layer_schemes=schemes,
             numbers=numbers,
             format=format,
-            source=Source.of(checkpoint, numbers, None if method == RTN else find_method(method)),
+            source=Source.of(checkpoint, numbers, methods),
         )
+    methods.check_layers(plan.schemes)
     rules = rules_of(plan.schemes, default=scheme)
     resumed, few, (before, after) = 0, list[str](), sizes(plan.shards)
     if not dry_run:
@@ -146,8 +152,7 @@ def quantize_checkpoint(
             "preset": numbers.preset,
             "scale_rule": numbers.scale_rule,
             "input_scales": dict(numbers.input_scales),
-            "method": name_of(method),
-        }
+        } | methods.settings
         if run is not None:
             resumed, few = run.write(dst, config, plan, settings | run.settings, progress)
         else:
@@ -179,12 +184,12 @@ def excluded_patterns(exclude: str | Iterable[str] | None) -> list[str]:
 
 
 def _calibrated(
-    checkpoint: Checkpoint, calibration: Calibration, method: Method, numbers: Numbers, format: str
+    checkpoint: Checkpoint, calibration: Calibration, methods: Methods, numbers: Numbers, format: str
 ) -> CalibratedRun:
     # it takes Transformers, which takes seconds to import, and whose part of mxperts imports this file
     from mxperts.quantization.calibration.run import CalibratedRun
 
-    return CalibratedRun(checkpoint, calibration, method, numbers, format)
+    return CalibratedRun(checkpoint, calibration, methods, numbers, format)
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:

@@ -19,8 +19,9 @@ from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import FP8_STATIC, BlockFormat, Scheme
 from mxperts.ops.quantize import FLOAT_DTYPES, quantize
-from mxperts.quantization.methods.problem import Method, Problem
+from mxperts.quantization.choice import Methods
 from mxperts.quantization.leaves import BIAS, WEIGHT, Leaf, leaves
+from mxperts.quantization.methods.problem import Problem
 
 _CHUNK = 1 << 24
 """Values that are quantised at a time, which bounds memory."""
@@ -60,19 +61,19 @@ class Source:
     quantize: Callable[[Leaf, BlockFormat], tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, numbers: Numbers, method: Method | None = None) -> Source:
-        """The checkpoint's own numbers file by file, rounded to nearest or by a method that has no inputs to go by."""
+    def of(cls, checkpoint: Checkpoint, numbers: Numbers, methods: Methods | None = None) -> Source:
+        """The checkpoint's own numbers file by file, rounded to nearest or by methods that have no inputs to go by."""
 
         def leaf(leaf: Leaf) -> Tensor:
             return leaf.view(checkpoint.tensor(leaf.source.name))
 
         def quantize(part: Leaf, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
-            if method is None:
+            if methods is None or methods.rounds(part.module):
                 return round_to_nearest(leaf(part), fmt, numbers)
             problem = Problem(
                 weight=leaf(part), format=fmt, preset=numbers.preset, scale_rule=numbers.scale_rule
             )
-            t = method(problem)
+            t = methods.of(part.module)(problem)
             return t.packed[..., : fmt.stored_size(t.k)], t.scales
 
         return cls(file=lambda info: info.file.name, tensor=checkpoint.tensor, leaf=leaf, quantize=quantize)

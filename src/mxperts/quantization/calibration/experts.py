@@ -1,4 +1,4 @@
-"""The experts of one layer: which tokens each of them got, and quantising one after the other."""
+"""The experts of one layer: which tokens each of them got, and quantising some at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mxperts.checkpoint.names import SPELLINGS, split_expert
 from mxperts.integrations.transformers.experts import activate, in_order
-from mxperts.integrations.transformers.gate import recognize
+from mxperts.integrations.transformers.gate import Gate, recognize
 from mxperts.ops.linear import mx_linear
 from mxperts.ops.prepare import Weight
-from mxperts.quantization.calibration.projections import Projections
+from mxperts.quantization.calibration.moments import Moments
+from mxperts.quantization.calibration.projections import Projections, Readers
 from mxperts.quantization.calibration.states import mapped
 from mxperts.quantization.leaves import BIAS, WEIGHT, Leaf
 from mxperts.tensor import MXTensor
@@ -37,31 +38,35 @@ class RoutedTokens:
         file.unlink(missing_ok=True)
         self._states = mapped(file, (tokens, hidden), dtype)
         self._experts: list[Tensor] = []
+        self._weights: list[Tensor] = []
         self._end = 0
         self._file = file
 
-    def add(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
-        """Add one batch: [T, H], and int64 [T, k], the experts of each token."""
+    def add(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Add one batch: [T, H], int64 [T, k], the experts of each token, and how much each of them counts, [T, k]."""
         end = self._end + len(hidden_states)
         self._states[self._end : end] = hidden_states.cpu()
         self._experts.append(top_k_index.cpu())
+        self._weights.append(top_k_weights.float().cpu())
         self._end = end
 
     def finish(self, experts: int) -> None:
         """Once all is added: sort by expert."""
-        index = torch.cat(self._experts)  # [T, k]
+        index, weights = torch.cat(self._experts), torch.cat(self._weights)  # [T, k]
         flat = index.flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat[(flat >= 0) & (flat < experts)], minlength=experts)
-        first = int((flat < 0).sum())
-        tokens = order[first:] // index.shape[1]
-        self._tokens: Sequence[Tensor] = tokens[: int(counts.sum())].split(counts.tolist())
+        order = order[(flat[order] >= 0) & (flat[order] < experts)]
+        counts = torch.bincount(flat[order], minlength=experts).tolist()
+        self._tokens = (order // index.shape[1]).split(counts)
+        self._shares = weights.flatten()[order].split(counts)
 
-    def of(self, expert: int, device: torch.device) -> Iterator[Tensor]:
-        """The inputs of one expert, [<= ROWS, H] at a time."""
-        for tokens in self._tokens[expert].split(ROWS):
+    def of(self, expert: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The inputs of one expert, and how much each of them counts, [<= ROWS, H] and [<= ROWS] at a time."""
+        for tokens, share in zip(
+            self._tokens[expert].split(ROWS), self._shares[expert].split(ROWS), strict=True
+        ):
             if len(tokens):
-                yield self._states[tokens].to(device)  # [R, H]
+                yield self._states[tokens].to(device), share.to(device)
 
     def close(self) -> None:
         """Delete the file."""
@@ -75,7 +80,7 @@ def quantize_experts(
     projections: Projections,
     done: Callable[[str, MXTensor, int], None],
 ) -> None:
-    """Quantise all experts of a layer, with one expert's weights and moments in memory at a time.
+    """Quantise all experts of a layer, with the weights and moments of some in memory at a time.
 
     The second projection is fitted to what the first gives when it is quantised.
 
@@ -92,22 +97,20 @@ def quantize_experts(
         expert = split_expert(leaf.module)
         assert expert is not None, leaf.module
         by_expert.setdefault(expert[1], []).append(leaf)
-    for number, parts in sorted(by_expert.items()):
-        expert = _Expert(module, gate, parts, projections)
-
-        def first(add: Callable[[Tensor], None], number: int = number) -> None:
-            for x in routed.of(number, projections.device):
-                add(x)
-
-        def second(add: Callable[[Tensor], None], number: int = number, expert: _Expert = expert) -> None:
-            for x in routed.of(number, projections.device):
-                add(expert.between(x))
-
-        for name, (weight, rows) in projections.quantize(expert.first, first).items():
-            expert.weights[name] = weight
+    experts = [_Expert(module, gate, number, parts, routed, projections) for number, parts in sorted(by_expert.items())]
+    by_name = {leaf.module: expert for expert in experts for leaf in expert.first}
+    step = min((projections.at_a_time(leaf.shape[1]) for leaf in leaves if leaf.part == WEIGHT), default=1)
+    for start in range(0, len(experts), step):
+        group = experts[start : start + step]
+        first = [Readers(leaves=expert.first, feed=expert.feed_first) for expert in group]
+        for name, (weight, rows) in projections.quantize(first).items():
+            by_name[name].weights[name] = weight
             done(name, weight, rows)
-        for name, (weight, rows) in projections.quantize(expert.second, second).items():
+        second = [Readers(leaves=expert.second, feed=expert.feed_second) for expert in group]
+        for name, (weight, rows) in projections.quantize(second).items():
             done(name, weight, rows)
+        for expert in group:
+            expert.weights.clear()
 
 
 class _Expert:
@@ -118,8 +121,17 @@ class _Expert:
         weights: those that are quantised already, by name.
     """
 
-    def __init__(self, module: Any, gate: Any, leaves: Sequence[Leaf], projections: Projections) -> None:
+    def __init__(
+        self,
+        module: Any,
+        gate: Gate | None,
+        number: int,
+        leaves: Sequence[Leaf],
+        routed: RoutedTokens,
+        projections: Projections,
+    ) -> None:
         self._module, self._gate, self._projections = module, gate, projections
+        self._number, self._routed = number, routed
         canonical = {s: name for name, group in SPELLINGS.items() for s in group}
         weights = {canonical[leaf.module.rpartition(".")[2]]: leaf for leaf in leaves if leaf.part == WEIGHT}
         self._biases = {leaf.module: leaf for leaf in leaves if leaf.part == BIAS}
@@ -127,7 +139,17 @@ class _Expert:
         self.first = [weights[name] for name in ("gate_proj", "up_proj", "gate_up_proj") if name in weights]
         self.weights: dict[str, Weight] = {}
 
-    def between(self, x: Tensor) -> Tensor:
+    def feed_first(self, moments: Moments) -> None:
+        """Add the inputs of the first projection."""
+        for x, share in self._routed.of(self._number, self._projections.device):
+            moments.add(x, share)
+
+    def feed_second(self, moments: Moments) -> None:
+        """Add the inputs of the second."""
+        for x, share in self._routed.of(self._number, self._projections.device):
+            moments.add(self._between(x), share)
+
+    def _between(self, x: Tensor) -> Tensor:
         """The second projection's inputs [R, I] for the first's [R, H]."""
         parts = [self._linear(leaf, x) for leaf in self.first]
         return activate(self._module, self._gate, in_order(self._module, parts))

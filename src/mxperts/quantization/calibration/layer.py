@@ -14,7 +14,8 @@ from mxperts.integrations.transformers import is_experts
 from mxperts.integrations.transformers.layerwise import LayerwiseModel
 from mxperts.nn import MXLinear
 from mxperts.quantization.calibration.experts import RoutedTokens, quantize_experts
-from mxperts.quantization.calibration.projections import Projections
+from mxperts.quantization.calibration.moments import Moments
+from mxperts.quantization.calibration.projections import Projections, Readers
 from mxperts.quantization.calibration.sites import Site, Stop, find_sites, seeing
 from mxperts.quantization.leaves import WEIGHT, Leaf
 from mxperts.tensor import MXTensor
@@ -139,7 +140,7 @@ def _route(model: LayerwiseModel, index: int, texts: Texts, name: str, file: Pat
     module: Any = model.model.get_submodule(name)
     tokens, hidden = texts.ids.numel(), texts.states.shape[-1]
     routed = RoutedTokens(file, tokens, hidden, texts.states.dtype)
-    _pass(model, index, texts, name, lambda x, top_k_index, *weights: routed.add(x, top_k_index))
+    _pass(model, index, texts, name, routed.add)
     routed.finish(module.num_experts)
     return routed
 
@@ -156,10 +157,10 @@ def _quantize_linears(
     names = {leaf.module: name for name in site.modules for leaf in owned[name] if leaf.part == WEIGHT}
     leaves = [leaf for name in site.modules for leaf in owned[name] if leaf.part == WEIGHT]
 
-    def feed(add: Callable[[Tensor], None]) -> None:
-        _pass(model, index, texts, site.modules[0], lambda x, *args: add(x))
+    def feed(moments: Moments) -> None:
+        _pass(model, index, texts, site.modules[0], lambda x, *args: moments.add(x))
 
-    for leaf_name, (weight, rows) in projections.quantize(leaves, feed).items():
+    for leaf_name, (weight, rows) in projections.quantize([Readers(leaves=leaves, feed=feed)]).items():
         linear = model.model.get_submodule(names[leaf_name])
         quantised = MXLinear.from_tensors(
             weight,

@@ -20,47 +20,56 @@ class Moments:
         activation: what the layer's input is quantised to.
         input_scale: the scale of a static fp8 activation.
         device: where to add up.
+
+    Attributes:
+        rows: how many inputs there were.
     """
 
     def __init__(self, k: int, activation: Activation, input_scale: float | None, device: torch.device) -> None:
         self._activation, self._input_scale = activation, input_scale
-        self._rows = 0
+        self.rows = 0
+        self._weight = torch.zeros((), device=device)
         self._moment = torch.zeros(k, k, device=device)
         self._cross = None if activation is None else torch.zeros(k, k, device=device)
         self._amax = torch.zeros(k, device=device)
 
-    @property
-    def rows(self) -> int:
-        """How many inputs there were."""
-        return self._rows
-
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add inputs [..., K].
+
+        Args:
+            x: the inputs, of any floating dtype.
+            weights: [R], what each row's output is multiplied by: its error counts by the square of that.
 
         Raises:
             ArgumentError: some are not finite.
         """
-        x = x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1]).to(self._moment.device)  # [R, K]
         if not len(x):
             return
-        wide = x.float()  # [R, K]
+        wide = x.float()
         amax = wide.abs().amax(0)
         if not amax.isfinite().all():
             raise ArgumentError("inputs are NaN or infinite: the model overflows on the calibration text")
+        torch.maximum(self._amax, amax, out=self._amax)
         read = wide if self._activation is None else self._quantized(x).float()
-        self._rows += len(x)
+        self.rows += len(x)
+        if weights is None:
+            self._weight += len(x)
+        else:
+            column = weights.to(wide).unsqueeze(-1)
+            self._weight += column.square().sum()
+            wide, read = wide * column, read * column
         self._moment.addmm_(read.T, read)
         if self._cross is not None:
             self._cross.addmm_(wide.T, read)
-        torch.maximum(self._amax, amax, out=self._amax)
 
     def inputs(self) -> Inputs:
         """The means; takes what was added up."""
-        rows = max(self._rows, 1)
+        weight = torch.where(self._weight > 0, self._weight, 1)
         return Inputs(
-            rows=self._rows,
-            moment=self._moment.div_(rows),
-            cross=None if self._cross is None else self._cross.div_(rows),
+            rows=self.rows,
+            moment=self._moment.div_(weight),
+            cross=None if self._cross is None else self._cross.div_(weight),
             amax=self._amax,
         )
 

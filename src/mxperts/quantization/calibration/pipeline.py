@@ -21,7 +21,7 @@ from mxperts.errors import CheckpointError
 from mxperts.formats import BlockFormat
 from mxperts.integrations.transformers.layerwise import LayerwiseModel
 from mxperts.quantization.calibration.layer import Texts, forward, owners, quantize_layer
-from mxperts.quantization.calibration.projections import Projections
+from mxperts.quantization.calibration.projections import Projections, Readers
 from mxperts.quantization.calibration.states import HiddenStates
 from mxperts.quantization.edits import EditedCheckpoint
 from mxperts.quantization.leaves import WEIGHT, Leaf
@@ -59,7 +59,7 @@ class Results:
     def take(self, leaf: Leaf, fmt: BlockFormat, projections: Projections) -> tuple[Tensor, Tensor]:
         """Codes and scales of a weight as they are stored; one that was not reached is quantised without inputs."""
         if leaf.module not in self.weights:
-            for module, (weight, rows) in projections.quantize([leaf], None).items():
+            for module, (weight, rows) in projections.quantize([Readers(leaves=[leaf], feed=None)]).items():
                 self.add(module, weight, rows)
         t = self.weights.pop(leaf.module)
         return t.packed[..., : fmt.stored_size(t.k)], t.scales

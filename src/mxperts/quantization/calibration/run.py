@@ -17,9 +17,9 @@ from mxperts.integrations.transformers.layerwise import LayerwiseModel
 from mxperts.quantization.calibration.pipeline import Pipeline, Results, shard_names
 from mxperts.quantization.calibration.projections import Projections
 from mxperts.quantization.calibration.text import Calibration, fingerprint, windows
+from mxperts.quantization.choice import Methods
 from mxperts.quantization.edits import EditedCheckpoint
 from mxperts.quantization.leaves import WEIGHT, Leaf, leaves
-from mxperts.quantization.methods.problem import Method
 from mxperts.quantization.plan import Numbers, Plan, Source, make_plan
 
 
@@ -29,7 +29,7 @@ class CalibratedRun:
     Args:
         checkpoint: the source.
         calibration: the text.
-        method: how codes and scales are chosen.
+        methods: how codes and scales are chosen.
         numbers: where scales start from.
         format: the layout to write.
 
@@ -39,7 +39,7 @@ class CalibratedRun:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, calibration: Calibration, method: Method, numbers: Numbers, format: str
+        self, checkpoint: Checkpoint, calibration: Calibration, methods: Methods, numbers: Numbers, format: str
     ) -> None:
         self._checkpoint, self._calibration, self._numbers, self._format = checkpoint, calibration, numbers, format
         self._found = leaves(checkpoint, layout_of(format).NAMES)
@@ -53,12 +53,13 @@ class CalibratedRun:
         self._edits = EditedCheckpoint(checkpoint, self._found)
         self._results = Results()
         self._projections = Projections(
-            method=method,
+            methods=methods,
             schemes={},
             numbers=numbers,
             values=self._edits.leaf,
             device=self._model.device,
             backend=calibration.backend,
+            memory=calibration.memory,
         )
 
     @property

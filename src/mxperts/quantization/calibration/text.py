@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Calibration:
         device: where the model's layers run and weights are quantised.
         backend: what runs quantised layers: "auto" or a backend's name.
         batch: tokens that run through a layer at a time; a window is never cut.
+        memory: bytes that quantising a group of experts may take, about.
         trust_remote_code: allow Python code that comes with the model to run.
     """
 
@@ -44,7 +45,8 @@ class Calibration:
     device: str = "cpu"
     backend: str = "auto"
     batch: int = 4096
-    trust_remote_code: bool = field(default=False, kw_only=True)
+    memory: int = 2 << 30
+    trust_remote_code: bool = False
 
 
 def windows(calibration: Calibration, model: Path, config: Any) -> Tensor:
