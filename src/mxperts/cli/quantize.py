@@ -23,7 +23,7 @@ from mxperts.cli.progress import Progress, resumable
 from mxperts.errors import ArgumentError
 from mxperts.quantization import quantize_checkpoint
 from mxperts.quantization.calibration import Calibration
-from mxperts.quantization.calibration.text import TOKENS
+from mxperts.quantization.calibration.text import CONTEXT, TOKENS
 from mxperts.quantization.choice import RTN, Methods
 from mxperts.quantization.recipe import read_recipe
 
@@ -58,6 +58,10 @@ def quantize(
     tokens: Annotated[
         int | None,
         typer.Option(min=2, help=f"How many tokens of it; default: {TOKENS}, or all.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"Tokens in a window; default: {CONTEXT}, or the model's limit.", show_default=False),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Which part of a longer text; default: 0.", show_default=False)
@@ -109,6 +113,7 @@ def quantize(
         "method": method,
         "text": text,
         "tokens": tokens,
+        "context": context,
         "seed": seed,
         "format": None if format is None else format.value,
         "exclude": exclude or None,
@@ -164,7 +169,7 @@ def _calibration(
     settings: dict[str, Any], device: str, backend: str, trust_remote_code: bool
 ) -> Calibration | None:
     """What is asked for of a text, taken out of the settings; None if nothing needs one."""
-    asked = {key: settings.pop(key) for key in ("text", "tokens", "seed") if key in settings}
+    asked = {key: settings.pop(key) for key in ("text", "tokens", "context", "seed") if key in settings}
     methods = Methods(default=settings.get("method", RTN), layers=settings.get("layer_methods", {}))
     if "text" not in asked and not methods.need_text:
         if asked:

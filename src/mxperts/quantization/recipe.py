@@ -22,6 +22,7 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
     "rotation": (str,),
     "text": (str,),
     "tokens": (int,),
+    "context": (int,),
     "seed": (int,),
     "layer": (list,),
 }

@@ -29,8 +29,8 @@ class Calibration:
     Attributes:
         text: a text file, a folder of ``.txt`` files, or token ids: a list in a ``.json`` file, or one dimension of
             integers in a ``.npy`` file. None: for the model that comes with mxperts, a text that it was trained on.
-        tokens: how many, in windows of ``CONTEXT`` or as many as the model takes; default: ``TOKENS``, or all if there
-            are fewer.
+        tokens: how many; default: ``TOKENS``, or all if there are fewer.
+        context: tokens in a window; default: ``CONTEXT``, or as many as the model takes.
         seed: which windows are taken of a longer text.
         device: where the model's layers run and weights are quantised.
         backend: what runs quantised layers: "auto" or a backend's name.
@@ -41,6 +41,7 @@ class Calibration:
 
     text: str | Path | None = None
     tokens: int | None = None
+    context: int | None = None
     seed: int = 0
     device: str = "cpu"
     backend: str = "auto"
@@ -74,10 +75,13 @@ def windows(calibration: Calibration, model: Path, config: Any) -> Tensor:
         raise ArgumentError(
             f"{text} has token ids from {min(ids)} to {max(ids)}; the model has 0 to {text_config.vocab_size - 1}"
         )
-    wanted = calibration.tokens
-    if wanted is not None and wanted < 2:
-        raise ArgumentError(f"calibration needs at least 2 tokens, not {wanted}")
-    context = min(CONTEXT, getattr(text_config, "max_position_embeddings", None) or CONTEXT, wanted or CONTEXT)
+    wanted, limit = calibration.tokens, getattr(text_config, "max_position_embeddings", None) or 2**31
+    for what, number in (("tokens", wanted), ("context", calibration.context)):
+        if number is not None and number < 2:
+            raise ArgumentError(f"{what} must be at least 2, not {number}")
+    if calibration.context is not None and calibration.context > limit:
+        raise ArgumentError(f"context is {calibration.context} tokens; the model takes {limit}")
+    context = min(calibration.context or CONTEXT, limit, wanted or limit)
     needed = context if wanted is None else wanted
     if len(ids) < needed:
         raise ArgumentError(f"{text} has {len(ids)} tokens; {needed} are needed for calibration: take a longer text")
