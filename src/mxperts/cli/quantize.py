@@ -47,6 +47,10 @@ def quantize(
         str | None,
         typer.Option(help="How codes and scales are chosen: rtn, scale-search or gptq; default: rtn."),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Mix MXFP4, MXFP6 and MXFP8 weights by measured error, to so many bits a weight: e.g. 4.75."),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +115,7 @@ def quantize(
     given = {
         "scheme": scheme,
         "method": method,
+        "bits": bits,
         "text": text,
         "tokens": tokens,
         "context": context,
@@ -171,7 +176,7 @@ def _calibration(
     """What is asked for of a text, taken out of the settings; None if nothing needs one."""
     asked = {key: settings.pop(key) for key in ("text", "tokens", "context", "seed") if key in settings}
     methods = Methods(default=settings.get("method", RTN), layers=settings.get("layer_methods", {}))
-    if "text" not in asked and not methods.need_text:
+    if "text" not in asked and not methods.need_text and "bits" not in settings:
         if asked:
             raise ArgumentError(f"{' and '.join(asked)}: nothing is calibrated; name a text, or a method that needs one")
         return None

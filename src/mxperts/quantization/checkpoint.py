@@ -73,6 +73,7 @@ def quantize_checkpoint(
     input_scales: Mapping[str, float] | None = None,
     method: str | Method = RTN,
     layer_methods: Mapping[str, str | Method] | None = None,
+    bits: float | None = None,
     calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
@@ -99,6 +100,8 @@ def quantize_checkpoint(
         input_scales: the scales of static fp8 activations by layer.
         method: how codes and scales are chosen: one of ``mxperts.quantization.methods.METHODS``, or a function.
         layer_methods: other methods for some layers, by name, glob or ``re:``; the first match counts.
+        bits: choose among MXFP4, MXFP6 (E2M3) and MXFP8 (E4M3) weights in every part of the model that has ``scheme``,
+            so that there are at most so many bits a weight, scales included, and the measured error is least.
         calibration: the text to fit weights to. Default: none, or where a method needs one, ``Calibration()``. What each of its attributes is by default suits most.
         progress: called with bytes of the source done and in total.
         dry_run: only plan, read and write no tensor.
@@ -124,37 +127,40 @@ def quantize_checkpoint(
     rule = scale_rule.value if isinstance(scale_rule, ScaleRule) else scale_rule
     numbers = Numbers(preset=preset, scale_rule=rule, input_scales=dict(input_scales or {}))
     methods = Methods(default=method, layers=dict(layer_methods or {}))
-    if calibration is None and methods.need_text:
+    if bits is not None and dry_run:
+        raise ArgumentError("what bits chooses is known when all is measured, which a dry run does not do")
+    if calibration is None and (methods.need_text or bits is not None):
         calibration = Calibration()
     run = None if calibration is None else _calibrated(checkpoint, calibration, methods, numbers, format)
-    schemes = {pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()}
+    excluded, schemes = excluded_patterns(exclude), {p: Scheme(s) for p, s in (layer_schemes or {}).items()}
     if run is not None:
-        plan = run.plan(scheme, excluded_patterns(exclude), schemes)
+        plan = run.plan(scheme, excluded, schemes)
     else:
+        source = Source.of(checkpoint, numbers, methods)
         plan = make_plan(
-            checkpoint,
-            scheme,
-            exclude=excluded_patterns(exclude),
-            layer_schemes=schemes,
-            numbers=numbers,
-            format=format,
-            source=Source.of(checkpoint, numbers, methods),
+            checkpoint, scheme, exclude=excluded, layer_schemes=schemes, numbers=numbers, format=format, source=source
         )
     methods.check_layers(plan.schemes)
+    settings = {
+        "format": format,
+        "scheme": str(scheme),
+        "exclude or layer_schemes": [[rule.pattern, str(rule.scheme)] for rule in rules_of(plan.schemes, default=scheme)[:-1]],
+        "preset": numbers.preset,
+        "scale_rule": numbers.scale_rule,
+        "input_scales": dict(numbers.input_scales),
+        **methods.settings,
+    }
+    if run is not None:
+        settings |= run.settings | {"bits": bits}
+        if bits is not None:
+            chosen = run.allocate(dst, scheme, bits, settings, progress)
+            plan = run.plan(scheme, excluded, schemes | chosen)
     rules = rules_of(plan.schemes, default=scheme)
     resumed, few, (before, after) = 0, list[str](), sizes(plan.shards)
     if not dry_run:
         config = dict(checkpoint.config) | {"quantization_config": layout.write(rules, _scale_rule(numbers))}
-        settings = {
-            "format": format,
-            "scheme": str(scheme),
-            "exclude or layer_schemes": [[rule.pattern, str(rule.scheme)] for rule in rules[:-1]],
-            "preset": numbers.preset,
-            "scale_rule": numbers.scale_rule,
-            "input_scales": dict(numbers.input_scales),
-        } | methods.settings
         if run is not None:
-            resumed, few = run.write(dst, config, plan, settings | run.settings, progress)
+            resumed, few = run.write(dst, config, plan, settings, progress)
         else:
             resumed = rewrite(checkpoint, dst, config, plan.shards, settings, progress)
     return Summary(

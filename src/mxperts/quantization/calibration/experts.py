@@ -62,11 +62,14 @@ class RoutedTokens:
 
     def of(self, expert: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The inputs of one expert, and how much each of them counts, [<= ROWS, H] and [<= ROWS] at a time."""
-        for tokens, share in zip(
-            self._tokens[expert].split(ROWS), self._shares[expert].split(ROWS), strict=True
-        ):
+        for _, x, share in self.tokens_of(expert, device):
+            yield x, share
+
+    def tokens_of(self, expert: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As ``of``, with the numbers of the tokens before them, on the CPU."""
+        for tokens, share in zip(self._tokens[expert].split(ROWS), self._shares[expert].split(ROWS), strict=True):
             if len(tokens):
-                yield self._states[tokens].to(device), share.to(device)
+                yield tokens, self._states[tokens].to(device), share.to(device)
 
     def close(self) -> None:
         """Delete the file."""
@@ -91,13 +94,7 @@ def quantize_experts(
         projections: how to quantise.
         done: told of every linear layer that is quantised.
     """
-    gate = recognize(module)
-    by_expert: dict[int, list[Leaf]] = {}
-    for leaf in leaves:
-        expert = split_expert(leaf.module)
-        assert expert is not None, leaf.module
-        by_expert.setdefault(expert[1], []).append(leaf)
-    experts = [_Expert(module, gate, number, parts, routed, projections) for number, parts in sorted(by_expert.items())]
+    experts = experts_of(module, leaves, routed, projections)
     by_name = {leaf.module: expert for expert in experts for leaf in expert.first}
     step = min((projections.at_a_time(leaf.shape[1]) for leaf in leaves if leaf.part == WEIGHT), default=1)
     for start in range(0, len(experts), step):
@@ -113,7 +110,20 @@ def quantize_experts(
             expert.weights.clear()
 
 
-class _Expert:
+def experts_of(
+    module: Any, leaves: Sequence[Leaf], routed: RoutedTokens, projections: Projections
+) -> list[Expert]:
+    """The experts of a module: arguments as in ``quantize_experts``."""
+    gate = recognize(module)
+    by_expert: dict[int, list[Leaf]] = {}
+    for leaf in leaves:
+        expert = split_expert(leaf.module)
+        assert expert is not None, leaf.module
+        by_expert.setdefault(expert[1], []).append(leaf)
+    return [Expert(module, gate, number, parts, routed, projections) for number, parts in sorted(by_expert.items())]
+
+
+class Expert:
     """One expert.
 
     Attributes:
@@ -149,12 +159,19 @@ class _Expert:
         for x, share in self._routed.of(self._number, self._projections.device):
             moments.add(self._between(x), share)
 
+    def add_outputs(self, outputs: Tensor) -> None:
+        """Add what the expert gives, times how much it counts, to ``outputs``, float32 [T, H]."""
+        for tokens, x, share in self._routed.tokens_of(self._number, self._projections.device):
+            (leaf,) = self.second
+            y = self._linear(leaf, self._between(x), torch.float32)
+            outputs.index_add_(0, tokens, (y * share.unsqueeze(-1)).cpu())
+
     def _between(self, x: Tensor) -> Tensor:
         """The second projection's inputs [R, I] for the first's [R, H]."""
         parts = [self._linear(leaf, x) for leaf in self.first]
         return activate(self._module, self._gate, in_order(self._module, parts))
 
-    def _linear(self, leaf: Leaf, x: Tensor) -> Tensor:
+    def _linear(self, leaf: Leaf, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         p = self._projections
         bias = self._biases.get(leaf.module)
         return mx_linear(
@@ -163,5 +180,6 @@ class _Expert:
             None if bias is None else p.values(bias).to(p.device),
             activation=p.schemes[leaf.module].activation,
             input_scale=p.numbers.input_scales.get(leaf.module),
+            out_dtype=dtype,
             backend=p.backend,
         )

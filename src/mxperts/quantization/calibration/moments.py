@@ -20,17 +20,22 @@ class Moments:
         activation: what the layer's input is quantised to.
         input_scale: the scale of a static fp8 activation.
         device: where to add up.
+        clean: whether to add up the unquantised inputs too.
 
     Attributes:
         rows: how many inputs there were.
+        weight: the sum of the squares of their weights.
     """
 
-    def __init__(self, k: int, activation: Activation, input_scale: float | None, device: torch.device) -> None:
+    def __init__(
+        self, k: int, activation: Activation, input_scale: float | None, device: torch.device, *, clean: bool = False
+    ) -> None:
         self._activation, self._input_scale = activation, input_scale
         self.rows = 0
-        self._weight = torch.zeros((), device=device)
+        self.weight = torch.zeros((), device=device)
         self._moment = torch.zeros(k, k, device=device)
         self._cross = None if activation is None else torch.zeros(k, k, device=device)
+        self._clean = torch.zeros(k, k, device=device) if clean and activation is not None else None
         self._amax = torch.zeros(k, device=device)
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
@@ -54,23 +59,26 @@ class Moments:
         read = wide if self._activation is None else self._quantized(x).float()
         self.rows += len(x)
         if weights is None:
-            self._weight += len(x)
+            self.weight += len(x)
         else:
             column = weights.to(wide).unsqueeze(-1)
-            self._weight += column.square().sum()
+            self.weight += column.square().sum()
             wide, read = wide * column, read * column
         self._moment.addmm_(read.T, read)
         if self._cross is not None:
             self._cross.addmm_(wide.T, read)
+        if self._clean is not None:
+            self._clean.addmm_(wide.T, wide)
 
     def inputs(self) -> Inputs:
         """The means; takes what was added up."""
-        weight = torch.where(self._weight > 0, self._weight, 1)
+        weight = torch.where(self.weight > 0, self.weight, 1)
         return Inputs(
             rows=self.rows,
             moment=self._moment.div_(weight),
             cross=None if self._cross is None else self._cross.div_(weight),
             amax=self._amax,
+            clean=None if self._clean is None else self._clean.div_(weight),
         )
 
     def _quantized(self, x: Tensor) -> Tensor:

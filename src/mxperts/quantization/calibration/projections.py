@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,10 @@ class Projections:
     device: torch.device
     backend: str
     memory: int
+
+    def unquantised(self) -> Projections:
+        """The same, with nothing to quantise."""
+        return replace(self, schemes=dict.fromkeys(self.schemes, Scheme("none")))
 
     def at_a_time(self, k: int) -> int:
         """How many layers with K channels can be quantised at a time."""
