@@ -47,6 +47,10 @@ def quantize(
         str | None,
         typer.Option(help="How codes and scales are chosen: rtn, scale-search or gptq; default: rtn."),
     ] = None,
+    smooth: Annotated[
+        bool | None,
+        typer.Option("--smooth/--no-smooth", help="Even out channels first, by powers of two.", show_default=False),
+    ] = None,
     bits: Annotated[
         float | None,
         typer.Option(help="Mix MXFP4, MXFP6 and MXFP8 weights by measured error, to so many bits a weight: e.g. 4.75."),
@@ -115,6 +119,7 @@ def quantize(
     given = {
         "scheme": scheme,
         "method": method,
+        "smooth": smooth,
         "bits": bits,
         "text": text,
         "tokens": tokens,
@@ -176,7 +181,7 @@ def _calibration(
     """What is asked for of a text, taken out of the settings; None if nothing needs one."""
     asked = {key: settings.pop(key) for key in ("text", "tokens", "context", "seed") if key in settings}
     methods = Methods(default=settings.get("method", RTN), layers=settings.get("layer_methods", {}))
-    if "text" not in asked and not methods.need_text and "bits" not in settings:
+    if "text" not in asked and not (methods.need_text or settings.get("smooth") or "bits" in settings):
         if asked:
             raise ArgumentError(f"{' and '.join(asked)}: nothing is calibrated; name a text, or a method that needs one")
         return None

@@ -73,6 +73,7 @@ def quantize_checkpoint(
     input_scales: Mapping[str, float] | None = None,
     method: str | Method = RTN,
     layer_methods: Mapping[str, str | Method] | None = None,
+    smooth: bool = False,
     bits: float | None = None,
     calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -100,6 +101,8 @@ def quantize_checkpoint(
         input_scales: the scales of static fp8 activations by layer.
         method: how codes and scales are chosen: one of ``mxperts.quantization.methods.METHODS``, or a function.
         layer_methods: other methods for some layers, by name, glob or ``re:``; the first match counts.
+        smooth: fold scales of channels into norms and ``up`` projections, so that what is quantised is more even; every
+            one of them is a power of two, by which the unquantised model computes the same bits.
         bits: choose among MXFP4, MXFP6 (E2M3) and MXFP8 (E4M3) weights in every part of the model that has ``scheme``,
             so that there are at most so many bits a weight, scales included, and the measured error is least.
         calibration: the text to fit weights to. Default: none, or where a method needs one, ``Calibration()``. What each of its attributes is by default suits most.
@@ -129,7 +132,7 @@ def quantize_checkpoint(
     methods = Methods(default=method, layers=dict(layer_methods or {}))
     if bits is not None and dry_run:
         raise ArgumentError("what bits chooses is known when all is measured, which a dry run does not do")
-    if calibration is None and (methods.need_text or bits is not None):
+    if calibration is None and (methods.need_text or smooth or bits is not None):
         calibration = Calibration()
     run = None if calibration is None else _calibrated(checkpoint, calibration, methods, numbers, format)
     excluded, schemes = excluded_patterns(exclude), {p: Scheme(s) for p, s in (layer_schemes or {}).items()}
@@ -151,7 +154,7 @@ def quantize_checkpoint(
         **methods.settings,
     }
     if run is not None:
-        settings |= run.settings | {"bits": bits}
+        settings |= run.settings | {"bits": bits, "smooth": smooth}
         if bits is not None:
             chosen = run.allocate(dst, scheme, bits, settings, progress)
             plan = run.plan(scheme, excluded, schemes | chosen)
@@ -160,7 +163,7 @@ def quantize_checkpoint(
     if not dry_run:
         config = dict(checkpoint.config) | {"quantization_config": layout.write(rules, _scale_rule(numbers))}
         if run is not None:
-            resumed, few = run.write(dst, config, plan, settings, progress)
+            resumed, few = run.write(dst, config, plan, settings, smooth, progress)
         else:
             resumed = rewrite(checkpoint, dst, config, plan.shards, settings, progress)
     return Summary(

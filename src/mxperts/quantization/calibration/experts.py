@@ -81,6 +81,7 @@ def quantize_experts(
     leaves: Sequence[Leaf],
     routed: RoutedTokens,
     projections: Projections,
+    smooth: Callable[[Expert], None] | None,
     done: Callable[[str, MXTensor, int], None],
 ) -> None:
     """Quantise all experts of a layer, with the weights and moments of some in memory at a time.
@@ -92,6 +93,7 @@ def quantize_experts(
         leaves: their weights and biases in the checkpoint.
         routed: their inputs.
         projections: how to quantise.
+        smooth: called with every expert before it is quantised.
         done: told of every linear layer that is quantised.
     """
     experts = experts_of(module, leaves, routed, projections)
@@ -99,6 +101,8 @@ def quantize_experts(
     step = min((projections.at_a_time(leaf.shape[1]) for leaf in leaves if leaf.part == WEIGHT), default=1)
     for start in range(0, len(experts), step):
         group = experts[start : start + step]
+        for expert in group if smooth is not None else ():
+            smooth(expert)
         first = [Readers(leaves=expert.first, feed=expert.feed_first) for expert in group]
         for name, (weight, rows) in projections.quantize(first).items():
             by_name[name].weights[name] = weight
@@ -127,6 +131,7 @@ class Expert:
     """One expert.
 
     Attributes:
+        gate: its activation function, or None for one that only the module itself can compute.
         first, second: the weights of its projections: gate and up, in this order, or one; down.
         weights: those that are quantised already, by name.
     """
@@ -140,7 +145,7 @@ class Expert:
         routed: RoutedTokens,
         projections: Projections,
     ) -> None:
-        self._module, self._gate, self._projections = module, gate, projections
+        self._module, self.gate, self._projections = module, gate, projections
         self._number, self._routed = number, routed
         canonical = {s: name for name, group in SPELLINGS.items() for s in group}
         weights = {canonical[leaf.module.rpartition(".")[2]]: leaf for leaf in leaves if leaf.part == WEIGHT}
@@ -159,6 +164,14 @@ class Expert:
         for x, share in self._routed.of(self._number, self._projections.device):
             moments.add(self._between(x), share)
 
+    def amax_between(self) -> tuple[Tensor, int]:
+        """Largest magnitude of every channel of the second projection's input, float32 [I], and how many there were."""
+        amax, rows = torch.zeros(self.second[0].shape[1], device=self._projections.device), 0
+        for x, _ in self._routed.of(self._number, self._projections.device):
+            rows += len(x)
+            amax = torch.maximum(amax, self._between(x).abs().amax(0).float())
+        return amax, rows
+
     def add_outputs(self, outputs: Tensor) -> None:
         """Add what the expert gives, times how much it counts, to ``outputs``, float32 [T, H]."""
         for tokens, x, share in self._routed.tokens_of(self._number, self._projections.device):
@@ -169,7 +182,7 @@ class Expert:
     def _between(self, x: Tensor) -> Tensor:
         """The second projection's inputs [R, I] for the first's [R, H]."""
         parts = [self._linear(leaf, x) for leaf in self.first]
-        return activate(self._module, self._gate, in_order(self._module, parts))
+        return activate(self._module, self.gate, in_order(self._module, parts))
 
     def _linear(self, leaf: Leaf, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         p = self._projections

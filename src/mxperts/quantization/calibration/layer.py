@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mxperts.integrations.transformers import is_experts
 from mxperts.integrations.transformers.layerwise import LayerwiseModel
 from mxperts.nn import MXLinear
-from mxperts.quantization.calibration.experts import RoutedTokens, quantize_experts
+from mxperts.quantization.calibration.experts import Expert, RoutedTokens, quantize_experts
 from mxperts.quantization.calibration.moments import Moments
 from mxperts.quantization.calibration.projections import Projections, Readers
 from mxperts.quantization.calibration.sites import Site, Stop, find_sites, seeing
@@ -62,6 +62,7 @@ def quantize_layer(
     texts: Texts,
     projections: Projections,
     scratch: Path,
+    smooth: Callable[[Expert], None] | None,
     done: Done,
 ) -> None:
     """Quantise what is to be quantised of a decoder layer that is loaded but for experts that are to be quantised.
@@ -76,6 +77,7 @@ def quantize_layer(
         texts: the text, and what enters the layer.
         projections: how to quantise.
         scratch: a folder for files.
+        smooth: called with every expert before it is quantised.
         done: told of every linear layer that is quantised.
     """
     owned = owners(model, leaves, projections)
@@ -83,7 +85,7 @@ def quantize_layer(
         if site.is_experts:
             (name,) = site.modules
             routed = route(model, index, texts, name, scratch / "experts.tmp")
-            quantize_experts(model.model.get_submodule(name), owned[name], routed, projections, done)
+            quantize_experts(model.model.get_submodule(name), owned[name], routed, projections, smooth, done)
             routed.close()
         else:
             _quantize_linears(model, index, texts, site, owned, projections, done)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mxperts.formats import BlockFormat
 from mxperts.integrations.transformers.layerwise import LayerwiseModel
 from mxperts.quantization.calibration.layer import Texts, forward, quantize_layer
 from mxperts.quantization.calibration.projections import Projections, Readers
+from mxperts.quantization.calibration.smoothing import smooth_expert, smooth_layer
 from mxperts.quantization.calibration.source import SourceModel
 from mxperts.quantization.calibration.states import HiddenStates
 from mxperts.quantization.leaves import WEIGHT, Leaf
@@ -78,6 +80,7 @@ class Pipeline:
         step: windows that run at a time.
         projections: how to quantise.
         results: where ``plan`` takes weights from.
+        smooth: whether to fold channel scales into norms and ``up`` projections first.
         progress: called with bytes of the source done and in total.
     """
 
@@ -93,10 +96,12 @@ class Pipeline:
         step: int,
         projections: Projections,
         results: Results,
+        smooth: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.source, self.model, self.config, self.plan = source, source.model, config, plan
         self.ids, self.step, self.projections, self.results = ids, step, projections, results
+        self.smooth = smooth
         self.progress = progress or (lambda done, total: None)
         self.writer = CheckpointWriter(dst, {"source": state(source.checkpoint)} | dict(settings))
         self.resumed = len(self.writer.finished)
@@ -163,7 +168,12 @@ class Pipeline:
         before = self.done
         self.source.load_layer(index, self.projections)
         texts = Texts(ids=self.ids, states=self.states.entering(index), step=self.step)
-        quantize_layer(self.model, index, self.source.leaves[index], texts, self.projections, self.scratch, self._add)
+        smooth = None
+        if self.smooth:
+            smooth_layer(self.source, index, texts, self.projections)
+            smooth = partial(smooth_expert, source=self.source, projections=self.projections)
+        leaves = self.source.leaves[index]
+        quantize_layer(self.model, index, leaves, texts, self.projections, self.scratch, smooth, self._add)
         self._note()
         self.done = before
         write_jobs(self.writer, file, self.plan.shards[file])

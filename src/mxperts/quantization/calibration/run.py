@@ -146,6 +146,7 @@ class CalibratedRun:
         config: Mapping[str, Any],
         plan: Plan,
         settings: Mapping[str, Any],
+        smooth: bool,
         progress: Callable[[int, int], None] | None,
     ) -> tuple[int, list[str]]:
         """Do it: see ``Pipeline``.
@@ -163,6 +164,7 @@ class CalibratedRun:
             step=self._step,
             projections=self._projections,
             results=self._results,
+            smooth=smooth,
             progress=progress,
         )
         few = pipeline.run()
