@@ -175,15 +175,15 @@ def _layer(text: str) -> tuple[str, str]:
     return pattern, scheme
 
 
-def _calibration(
-    settings: dict[str, Any], device: str, backend: str, trust_remote_code: bool
-) -> Calibration | None:
+def _calibration(settings: dict[str, Any], device: str, backend: str, trust_remote_code: bool) -> Calibration | None:
     """What is asked for of a text, taken out of the settings; None if nothing needs one."""
     asked = {key: settings.pop(key) for key in ("text", "tokens", "context", "seed") if key in settings}
     methods = Methods(default=settings.get("method", RTN), layers=settings.get("layer_methods", {}))
     if "text" not in asked and not (methods.need_text or settings.get("smooth") or "bits" in settings):
         if asked:
-            raise ArgumentError(f"{' and '.join(asked)}: nothing is calibrated; name a text, or a method that needs one")
+            raise ArgumentError(
+                f"{' and '.join(asked)}: nothing is calibrated; name a text, or a method that needs one"
+            )
         return None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

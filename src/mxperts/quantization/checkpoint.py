@@ -13,7 +13,7 @@ from mxperts.checkpoint.fields import check_pattern
 from mxperts.checkpoint.rewrite import rewrite, sizes
 from mxperts.checkpoint.rules import rules_of
 from mxperts.checkpoint.writer import check_absent
-from mxperts.errors import CheckpointError
+from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import MXFP4, BlockFormat, Role, ScaleRule, Scheme, recipe
 from mxperts.quantization.calibration import Calibration
 from mxperts.quantization.choice import RTN, Methods
@@ -82,8 +82,8 @@ def quantize_checkpoint(
     """Quantise the weights of a checkpoint.
 
     Without calibration this takes none of its model's code, and has one tensor in memory at a time. With calibration
-    the model runs over a text, with one decoder layer in memory at a time, and without its experts but one; every weight
-    is fitted to the inputs that it will have in the quantised model. See docs/quantization.md.
+    the model runs over a text, with one decoder layer in memory at a time, and of its experts a few; every weight is
+    fitted to the inputs that it will have in the quantised model. See docs/quantization.md.
 
     Experts that are stored in one tensor are split, but not for the gpt-oss layout. Tensors that are not quantised,
     tokenizer and other small files are copied. ``<dst>.partial`` holds the work until all is there; an interrupted run
@@ -105,7 +105,8 @@ def quantize_checkpoint(
             one of them is a power of two, by which the unquantised model computes the same bits.
         bits: choose among MXFP4, MXFP6 (E2M3) and MXFP8 (E4M3) weights in every part of the model that has ``scheme``,
             so that there are at most so many bits a weight, scales included, and the measured error is least.
-        calibration: the text to fit weights to. Default: none, or where a method needs one, ``Calibration()``. What each of its attributes is by default suits most.
+        calibration: the text to fit weights to. Default: none, or where a method needs one, ``Calibration()``, the text
+            of the model that comes with mxperts.
         progress: called with bytes of the source done and in total.
         dry_run: only plan, read and write no tensor.
 
@@ -116,8 +117,9 @@ def quantize_checkpoint(
         CheckpointError: ``src`` is damaged or already quantised, ``dst`` exists, ``<dst>.partial`` was begun with other
             settings, or the disk is too small.
         ArgumentError: the method is unknown or needs a text; the text is missing, too short or cannot be read; nothing
-            would be quantised, a pattern of ``layer_schemes`` matches nothing, static fp8
-            activations have no scales, there is no such layout, or it cannot hold one of the layers.
+            would be quantised, a pattern of ``layer_schemes`` or ``layer_methods`` matches nothing, ``bits`` cannot be
+            had or ``smooth`` not done, static fp8 activations have no scales, there is no such layout, or it cannot
+            hold one of the layers.
         FormatError: unknown scheme, preset or scale rule.
     """
     scheme = Scheme(scheme)
@@ -147,7 +149,9 @@ def quantize_checkpoint(
     settings = {
         "format": format,
         "scheme": str(scheme),
-        "exclude or layer_schemes": [[rule.pattern, str(rule.scheme)] for rule in rules_of(plan.schemes, default=scheme)[:-1]],
+        "exclude or layer_schemes": [
+            [rule.pattern, str(rule.scheme)] for rule in rules_of(plan.schemes, default=scheme)[:-1]
+        ],
         "preset": numbers.preset,
         "scale_rule": numbers.scale_rule,
         "input_scales": dict(numbers.input_scales),

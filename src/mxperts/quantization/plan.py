@@ -70,9 +70,7 @@ class Source:
         def quantize(part: Leaf, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
             if methods is None or methods.rounds(part.module):
                 return round_to_nearest(leaf(part), fmt, numbers)
-            problem = Problem(
-                weight=leaf(part), format=fmt, preset=numbers.preset, scale_rule=numbers.scale_rule
-            )
+            problem = Problem(weight=leaf(part), format=fmt, preset=numbers.preset, scale_rule=numbers.scale_rule)
             t = methods.of(part.module)(problem)
             return t.packed[..., : fmt.stored_size(t.k)], t.scales
 
@@ -197,9 +195,7 @@ def _copy(source: Source, info: TensorInfo) -> Piece:
     )
 
 
-def _leaf_pieces(
-    source: Source, leaf: Leaf, scheme: Scheme, names: TensorNames, numbers: Numbers
-) -> Iterator[Piece]:
+def _leaf_pieces(source: Source, leaf: Leaf, scheme: Scheme, names: TensorNames, numbers: Numbers) -> Iterator[Piece]:
     info, fmt = leaf.source, scheme.weight if leaf.part == WEIGHT else None
     dtype = DTYPES[info.dtype]
 

@@ -89,7 +89,7 @@ def write_random_model(
         name: of ``ARCHITECTURES``.
         folder: to be made.
         layers: how many.
-        scheme: of the experts; gpt-oss's layout has ``w_mxfp4`` only, others also ``none``: bf16, something to quantise.
+        scheme: of the experts; gpt-oss's layout has ``w_mxfp4`` only, others also ``none``, which is bf16.
         seed: of the weights.
         **sizes: other sizes than the real model's, by their names in its config.
 

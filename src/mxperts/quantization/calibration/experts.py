@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,9 @@ def quantize_experts(
     step = min((projections.at_a_time(leaf.shape[1]) for leaf in leaves if leaf.part == WEIGHT), default=1)
     for start in range(0, len(experts), step):
         group = experts[start : start + step]
-        for expert in group if smooth is not None else ():
-            smooth(expert)
+        if smooth is not None:
+            for expert in group:
+                smooth(expert)
         first = [Readers(leaves=expert.first, feed=expert.feed_first) for expert in group]
         for name, (weight, rows) in projections.quantize(first).items():
             by_name[name].weights[name] = weight
@@ -114,9 +115,7 @@ def quantize_experts(
             expert.weights.clear()
 
 
-def experts_of(
-    module: Any, leaves: Sequence[Leaf], routed: RoutedTokens, projections: Projections
-) -> list[Expert]:
+def experts_of(module: Any, leaves: Sequence[Leaf], routed: RoutedTokens, projections: Projections) -> list[Expert]:
     """The experts of a module: arguments as in ``quantize_experts``."""
     gate = recognize(module)
     by_expert: dict[int, list[Leaf]] = {}

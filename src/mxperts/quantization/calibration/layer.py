@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mxperts.integrations.transformers import is_experts
@@ -88,7 +87,7 @@ def quantize_layer(
             quantize_experts(model.model.get_submodule(name), owned[name], routed, projections, smooth, done)
             routed.close()
         else:
-            _quantize_linears(model, index, texts, site, owned, projections, done)
+            quantize_linears(model, index, texts, site, owned, projections, done)
 
 
 def sites_of(model: LayerwiseModel, index: int, owned: Iterable[str], texts: Texts) -> list[Site]:
@@ -103,7 +102,9 @@ def sites_of(model: LayerwiseModel, index: int, owned: Iterable[str], texts: Tex
 
 
 def own_forward(model: LayerwiseModel, index: int) -> Callable[..., Any]:
-    """A decoder layer's own forward; ``model.run`` puts another in its place."""
+    """A decoder layer's own forward; ``model.run`` puts another in its place. After the last comes none."""
+    if index == len(model.layers):
+        return lambda hidden_states, *args, **kwargs: hidden_states
     layer = model.layers[index]
     return lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
 
@@ -146,7 +147,7 @@ def run_to(model: LayerwiseModel, index: int, texts: Texts, name: str, see: Call
 
 
 def route(model: LayerwiseModel, index: int, texts: Texts, name: str, file: Path) -> RoutedTokens:
-    """Run a decoder layer on all of the text up to its experts module of this name, and keep what that is called with."""
+    """Run a decoder layer on all of the text up to its experts module of this name; keep what that is called with."""
     module: Any = model.model.get_submodule(name)
     tokens, hidden = texts.ids.numel(), texts.states.shape[-1]
     routed = RoutedTokens(file, tokens, hidden, texts.states.dtype)
@@ -155,7 +156,7 @@ def route(model: LayerwiseModel, index: int, texts: Texts, name: str, file: Path
     return routed
 
 
-def _quantize_linears(
+def quantize_linears(
     model: LayerwiseModel,
     index: int,
     texts: Texts,
@@ -164,6 +165,7 @@ def _quantize_linears(
     projections: Projections,
     done: Done,
 ) -> None:
+    """Quantise the linear layers of a site of a decoder layer; from then on they run quantised."""
     names = {leaf.module: name for name in site.modules for leaf in owned[name] if leaf.part == WEIGHT}
     leaves = [leaf for name in site.modules for leaf in owned[name] if leaf.part == WEIGHT]
 

@@ -21,8 +21,9 @@ from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo, replacing
 from mxperts.errors import CheckpointError
 from mxperts.formats import BlockFormat
 from mxperts.integrations.transformers.layerwise import LayerwiseModel
-from mxperts.quantization.calibration.layer import Texts, forward, quantize_layer
+from mxperts.quantization.calibration.layer import Texts, forward, owners, quantize_layer, quantize_linears
 from mxperts.quantization.calibration.projections import Projections, Readers
+from mxperts.quantization.calibration.sites import Site
 from mxperts.quantization.calibration.smoothing import smooth_expert, smooth_layer
 from mxperts.quantization.calibration.source import SourceModel
 from mxperts.quantization.calibration.states import HiddenStates
@@ -134,6 +135,7 @@ class Pipeline:
                 self._quantize(index, file)
             self._count(file)
         if files[-1] not in self.writer.finished:
+            self._quantize_head(files, packed)
             write_jobs(self.writer, files[-1], self.plan.shards[files[-1]])
         self._count(files[-1])
         few = self._note()
@@ -179,6 +181,20 @@ class Pipeline:
         write_jobs(self.writer, file, self.plan.shards[file])
         self.source.drop_layer(index)
 
+    def _quantize_head(self, files: Sequence[str], packed: LayerwiseModel) -> None:
+        """Quantise the output layer, which reads what the last layer gives, if it is to be quantised."""
+        head, owned = self.model.model.get_output_embeddings(), None
+        for name, leaves in owners(self.model, self.source.leaves[None], self.projections).items():
+            if self.model.model.get_submodule(name) is head:
+                owned = {name: leaves}
+        if owned is not None:
+            count, before = len(self.model.layers), self.done
+            self._enter(count, files, packed)
+            texts = Texts(ids=self.ids, states=self.states.entering(count), step=self.step)
+            site = Site(modules=tuple(owned), is_experts=False)
+            quantize_linears(self.model, count, texts, site, owned, self.projections, self._add)
+            self.done = before
+
     def _add(self, module: str, weight: Any, rows: int) -> None:
         self.results.add(module, weight, rows)
         self.done += self.weights[module]
@@ -212,7 +228,7 @@ class Pipeline:
         ]
 
     def _written(self, file: str) -> dict[str, Tensor]:
-        handle = safe_open(self.writer.partial / file, framework="pt")
+        handle: Any = safe_open(self.writer.partial / file, framework="pt")
         return {info.name: handle.get_tensor(info.name) for info in self._headers(file)}
 
     def _note(self) -> list[str]:

@@ -24,7 +24,7 @@ Feed = Callable[[Moments], None]
 
 
 def enough(rows: int, k: int) -> bool:
-    """Whether so many inputs say something of K channels: with fewer than a quarter, most directions were never seen."""
+    """Whether so many inputs say something of K channels: with less than a quarter of K, hardly."""
     return 4 * rows >= k
 
 
@@ -80,19 +80,17 @@ class Projections:
         Returns:
             By layer, the weight and how many inputs it was fitted to: 0 if there were not ``enough``.
         """
-        stacks: dict[object, list[tuple[list[Leaf], Inputs | None]]] = {}
-        how: dict[object, tuple[BlockFormat, Method]] = {}
+        stacks: dict[tuple[BlockFormat, Method, int, int, bool], list[tuple[list[Leaf], Inputs | None]]] = {}
         for group in readers:
             for scheme, scale, method, leaves in self._alike(group.leaves):
                 fmt, k = scheme.weight, leaves[0].shape[1]
                 assert fmt is not None
                 inputs = None if group.feed is None else self._inputs(k, scheme, scale, group.feed)
                 key = fmt, method, sum(leaf.shape[0] for leaf in leaves), k, inputs is None
-                how[key] = fmt, method
                 stacks.setdefault(key, []).append((leaves, inputs))
         found: dict[str, tuple[MXTensor, int]] = {}
-        for key, stack in stacks.items():
-            found |= self._solve(*how[key], stack)
+        for (fmt, method, *_), stack in stacks.items():
+            found |= self._solve(fmt, method, stack)
         return found
 
     def _alike(self, leaves: Sequence[Leaf]) -> Iterator[tuple[Scheme, float | None, Method, list[Leaf]]]:

@@ -169,4 +169,3 @@ class CalibratedRun:
         )
         few = pipeline.run()
         return pipeline.resumed, few
-

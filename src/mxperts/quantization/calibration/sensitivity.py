@@ -72,12 +72,16 @@ def check_bits(bits: float, scheme: Scheme, leaves: Iterable[Leaf]) -> None:
         ArgumentError: they are not, or the scheme is none that can be mixed.
     """
     if scheme.weight is None or scheme.activation == FP8_STATIC:
-        raise ArgumentError(f"bits chooses among formats of weights, with the activation format of {scheme}: not possible")
+        raise ArgumentError(
+            f"bits chooses among formats of weights, with the activation format of {scheme}: not possible"
+        )
     shapes = [leaf.shape for leaf in leaves]
     values = sum(rows * k for rows, k in shapes)
     least, most = (8 * sum(rows * nbytes(k, fmt) for rows, k in shapes) / max(values, 1) for fmt in CANDIDATES[::2])
     if not least <= bits <= most:
-        raise ArgumentError(f"bits must be between {least:.4g} and {most:.4g} for this model, scales included, not {bits}")
+        raise ArgumentError(
+            f"bits must be between {least:.4g} and {most:.4g} for this model, scales included, not {bits}"
+        )
 
 
 class Sensitivity:

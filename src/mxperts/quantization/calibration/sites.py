@@ -27,7 +27,7 @@ class Site:
     is_experts: bool
 
 
-class Stop(Exception):  # noqa: N818 - not an error
+class Stop(Exception):
     """Ends a forward pass when all that it was for has been seen."""
 
 
@@ -89,7 +89,7 @@ def seeing(
     handles = []
     for name, module in modules.items():
         if is_experts(module):
-            module.forward = stand_in(name)  # type: ignore[method-assign]
+            module.forward = stand_in(name)
         else:
             handles.append(module.register_forward_pre_hook(hook(name)))
     try:

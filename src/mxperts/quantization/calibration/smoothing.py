@@ -1,8 +1,8 @@
 """Folding channel scales into norms and projections: the model computes the same bits, and its inputs are even.
 
-Scales are powers of two. What a norm gives is divided by them, because its weight is, and the columns of everything that
-reads it are multiplied; likewise for the rows of an ``up`` projection and the columns of ``down``. That this changes no
-bit is not assumed but tried, on the first part of the text.
+Scales are powers of two. What a norm gives is divided by them, because its weight is, and the columns of everything
+that reads it are multiplied; likewise for the rows of an ``up`` projection and the columns of ``down``. That this
+changes no bit is not assumed but tried, on the first part of the text.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def smooth_layer(source: SourceModel, index: int, texts: Texts, projections: Pro
     """Fold scales into a decoder layer that is loaded but for its experts, wherever what reads a norm is quantised.
 
     Raises:
-        ArgumentError: something else than linear layers, experts and routers reads a norm that quantised layers read, or
-            the layer no longer computes the same.
+        ArgumentError: something else than linear layers, experts and routers reads a norm that quantised layers read,
+            or the layer no longer computes the same.
     """
     layer = _Layer(source, index, texts, projections)
     before = layer.outputs()

@@ -33,9 +33,7 @@ class SourceModel:
         leaves: the linear layers in these.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, found: Mapping[str, Sequence[Leaf]], calibration: Calibration
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, found: Mapping[str, Sequence[Leaf]], calibration: Calibration) -> None:
         self.checkpoint, self._calibration, self._dtype = checkpoint, calibration, _dtype(found)
         self.edits = EditedCheckpoint(checkpoint, found)
         self.renew()
