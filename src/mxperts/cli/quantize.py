@@ -102,6 +102,13 @@ def quantize(
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     trust_remote_code: TrustRemoteCodeOption = False,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROTATION",
+            help="hadamard32: rotate blocks of weights, and of inputs at run time; only mxperts runs the result.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be written.")] = False,
     output: OutputOption = None,
 ) -> None:
@@ -130,6 +137,7 @@ def quantize(
         "layer_schemes": dict(_layer(rule) for rule in layer) if layer else None,
         "scale_rule": scale_rule,
         "preset": preset,
+        "rotation": rotate,
     }
     settings |= {key: value for key, value in given.items() if value is not None}
     settings = {"scheme": "w_mxfp4", "format": Layout.QUARK.value} | settings
@@ -143,8 +151,10 @@ def quantize(
     sizes = [(kind, before[kind], after[kind]) for kind in KINDS]
     sizes.append(("all", sum(before.values()), sum(after.values())))
     rows = [[kind, f"{b / 1e6:.3f}", f"{a / 1e6:.3f}", f"{b / a:.2f}x" if a else ""] for kind, b, a in sizes]
+    rotation = settings.get("rotation")
+    what = f"{summary.scheme}, rotated by {rotation}" if rotation else f"{summary.scheme}"
     note = (
-        f"{summary.scheme}: {summary.modules} layers quantised, {len(summary.excluded)} left as they are; "
+        f"{what}: {summary.modules} layers quantised, {len(summary.excluded)} left as they are; "
         f"{'would be ' if dry_run else ''}written to {dst}"
     )
     if summary.few_inputs:
@@ -157,6 +167,7 @@ def quantize(
             "dry_run": dry_run,
             "scheme": summary.scheme.name,
             "format": settings["format"],
+            "rotation": settings.get("rotation"),
             "modules": summary.modules,
             "excluded": list(summary.excluded),
             "bytes_before": dict(before),

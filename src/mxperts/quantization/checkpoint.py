@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mxperts.checkpoint import Checkpoint, quark
+from mxperts.checkpoint import Checkpoint, quark, rotated
 from mxperts.checkpoint.config import layout_of
 from mxperts.checkpoint.fields import check_pattern
 from mxperts.checkpoint.rewrite import rewrite, sizes
@@ -19,6 +19,7 @@ from mxperts.quantization.calibration import Calibration
 from mxperts.quantization.choice import RTN, Methods
 from mxperts.quantization.methods.problem import Method
 from mxperts.quantization.plan import Numbers, Source, make_plan
+from mxperts.rotation import check_rotation
 
 if TYPE_CHECKING:
     from mxperts.quantization.calibration.run import CalibratedRun
@@ -76,6 +77,7 @@ def quantize_checkpoint(
     smooth: bool = False,
     bits: float | None = None,
     calibration: Calibration | None = None,
+    rotation: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
 ) -> Summary:
@@ -107,6 +109,8 @@ def quantize_checkpoint(
             so that there are at most so many bits a weight, scales included, and the measured error is least.
         calibration: the text to fit weights to. Default: none, or where a method needs one, ``Calibration()``, the text
             of the model that comes with mxperts.
+        rotation: "hadamard32" rotates every weight that is quantised before it is, and has inputs rotated at run time.
+            The result is in a layout of our own, which only mxperts reads: see docs/rotation.md.
         progress: called with bytes of the source done and in total.
         dry_run: only plan, read and write no tensor.
 
@@ -118,19 +122,19 @@ def quantize_checkpoint(
             settings, or the disk is too small.
         ArgumentError: the method is unknown or needs a text; the text is missing, too short or cannot be read; nothing
             would be quantised, a pattern of ``layer_schemes`` or ``layer_methods`` matches nothing, ``bits`` cannot be
-            had or ``smooth`` not done, static fp8 activations have no scales, there is no such layout, or it cannot
-            hold one of the layers.
+            had or ``smooth`` not done, static fp8 activations have no scales, there is no such layout, it cannot hold
+            one of the layers, or one cannot be rotated.
         FormatError: unknown scheme, preset or scale rule.
     """
     scheme = Scheme(scheme)
     dst = Path(dst)
     recipe(scheme.weight or MXFP4, Role.WEIGHT, preset=preset, scale_rule=scale_rule)  # complains about unknown names
     check_absent(dst)
-    layout = layout_of(format)
+    format = _layout_name(format, rotation)
     checkpoint = Checkpoint.open(src)
     _check_unquantized(checkpoint)
     rule = scale_rule.value if isinstance(scale_rule, ScaleRule) else scale_rule
-    numbers = Numbers(preset=preset, scale_rule=rule, input_scales=dict(input_scales or {}))
+    numbers = Numbers(preset=preset, scale_rule=rule, input_scales=dict(input_scales or {}), rotation=rotation)
     methods = Methods(default=method, layers=dict(layer_methods or {}))
     if bits is not None and dry_run:
         raise ArgumentError("what bits chooses is known when all is measured, which a dry run does not do")
@@ -155,6 +159,7 @@ def quantize_checkpoint(
         "preset": numbers.preset,
         "scale_rule": numbers.scale_rule,
         "input_scales": dict(numbers.input_scales),
+        "rotation": rotation,
         **methods.settings,
     }
     if run is not None:
@@ -165,7 +170,9 @@ def quantize_checkpoint(
     rules = rules_of(plan.schemes, default=scheme)
     resumed, few, (before, after) = 0, list[str](), sizes(plan.shards)
     if not dry_run:
-        config = dict(checkpoint.config) | {"quantization_config": layout.write(rules, _scale_rule(numbers))}
+        options = {} if rotation is None else {"rotation": rotation}
+        quantization = layout_of(format).write(rules, _scale_rule(numbers), **options)
+        config = dict(checkpoint.config) | {"quantization_config": quantization}
         if run is not None:
             resumed, few = run.write(dst, config, plan, settings, smooth, progress)
         else:
@@ -180,6 +187,22 @@ def quantize_checkpoint(
         resumed=resumed,
         few_inputs=few,
     )
+
+
+def _layout_name(format: str, rotation: str | None) -> str:
+    """The layout to write: the one that is asked for, but our own for what is rotated.
+
+    Raises:
+        ArgumentError: the one cannot be had with the other.
+    """
+    if layout_of(format) is rotated:
+        raise ArgumentError(f"the layout {format!r} is that of rotated weights: name a rotation instead")
+    check_rotation(rotation)
+    if rotation is None:
+        return format
+    if format != quark.NAME:
+        raise ArgumentError(f"the {format} layout has no words for rotated weights; leave format out with a rotation")
+    return rotated.NAME
 
 
 def excluded_patterns(exclude: str | Iterable[str] | None) -> list[str]:

@@ -186,12 +186,16 @@ class Expert:
     def _linear(self, leaf: Leaf, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         p = self._projections
         bias = self._biases.get(leaf.module)
+        if leaf.module not in self.weights:
+            self.weights[leaf.module] = p.values(leaf).to(p.device)
+        weight = self.weights[leaf.module]
         return mx_linear(
             x,
-            self.weights.setdefault(leaf.module, p.values(leaf).to(p.device)),
+            weight,
             None if bias is None else p.values(bias).to(p.device),
             activation=p.schemes[leaf.module].activation,
             input_scale=p.numbers.input_scales.get(leaf.module),
+            rotation=p.numbers.rotation if isinstance(weight, MXTensor) else None,
             out_dtype=dtype,
             backend=p.backend,
         )

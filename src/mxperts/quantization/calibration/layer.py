@@ -179,6 +179,7 @@ def quantize_linears(
             linear.bias,
             activation=projections.schemes[leaf_name].activation,
             input_scale=projections.numbers.input_scales.get(leaf_name),
+            rotation=projections.numbers.rotation,
             backend=projections.backend,
         )
         model.model.set_submodule(names[leaf_name], quantised)

@@ -10,6 +10,7 @@ from mxperts.errors import ArgumentError
 from mxperts.formats import Activation, BlockFormat
 from mxperts.ops.quantize import fake_quantize
 from mxperts.quantization.methods.problem import Inputs
+from mxperts.rotation import rotate_input
 
 
 class Moments:
@@ -20,6 +21,7 @@ class Moments:
         activation: what the layer's input is quantised to.
         input_scale: the scale of a static fp8 activation.
         device: where to add up.
+        rotation: by what the layer's input is rotated before it is quantised; rotated inputs are added up.
         clean: whether to add up the unquantised inputs too.
 
     Attributes:
@@ -28,9 +30,16 @@ class Moments:
     """
 
     def __init__(
-        self, k: int, activation: Activation, input_scale: float | None, device: torch.device, *, clean: bool = False
+        self,
+        k: int,
+        activation: Activation,
+        input_scale: float | None,
+        device: torch.device,
+        *,
+        rotation: str | None = None,
+        clean: bool = False,
     ) -> None:
-        self._activation, self._input_scale = activation, input_scale
+        self._activation, self._input_scale, self._rotation = activation, input_scale, rotation
         self.rows = 0
         self.weight = torch.zeros((), device=device)
         self._moment = torch.zeros(k, k, device=device)
@@ -51,7 +60,7 @@ class Moments:
         x = x.reshape(-1, x.shape[-1]).to(self._moment.device)  # [R, K]
         if not len(x):
             return
-        wide = x.float()
+        wide = x.float() if self._rotation is None else rotate_input(x)
         amax = wide.abs().amax(0)
         if not amax.isfinite().all():
             raise ArgumentError("inputs are NaN or infinite: the model overflows on the calibration text")
@@ -83,7 +92,7 @@ class Moments:
 
     def _quantized(self, x: Tensor) -> Tensor:
         """``x`` as the matmul reads it."""
-        if isinstance(self._activation, BlockFormat):
+        if isinstance(self._activation, BlockFormat) and self._rotation is None:
             return fake_quantize(x, self._activation)
         scale = None if self._input_scale is None else torch.tensor(self._input_scale, device=x.device)
-        return quantize_input(x, self._activation, scale)
+        return quantize_input(x, self._activation, scale, self._rotation)

@@ -104,14 +104,17 @@ class Projections:
             yield *key, group
 
     def _inputs(self, k: int, scheme: Scheme, scale: float | None, feed: Feed) -> Inputs | None:
-        moments = Moments(k, scheme.activation, scale, self.device)
+        moments = Moments(k, scheme.activation, scale, self.device, rotation=self.numbers.rotation)
         feed(moments)
         return moments.inputs() if enough(moments.rows, k) else None
 
     def _solve(
         self, fmt: BlockFormat, method: Method, stack: Sequence[tuple[list[Leaf], Inputs | None]]
     ) -> dict[str, tuple[MXTensor, int]]:
-        weights = [torch.cat([self.values(leaf).to(self.device) for leaf in leaves]) for leaves, _ in stack]
+        weights = [
+            torch.cat([self.numbers.rotated(self.values(leaf).to(self.device)) for leaf in leaves])
+            for leaves, _ in stack
+        ]
         inputs = [i for _, i in stack if i is not None]
         problem = Problem(
             weight=torch.stack(weights) if len(stack) > 1 else weights[0],  # [E, N, K] or [N, K]

@@ -256,9 +256,11 @@ class _Noise:
     def add(self, leaves: Sequence[Leaf], candidates: Iterable[Scheme], feed: Callable[[Moments], None]) -> None:
         """Add linear layers that read the same input."""
         p = self._projections
-        weight = torch.cat([p.values(leaf).to(p.device) for leaf in leaves])
+        weight = torch.cat([p.numbers.rotated(p.values(leaf).to(p.device)) for leaf in leaves])
         schemes = list(candidates)
-        moments = Moments(weight.shape[1], schemes[0].activation, None, p.device, clean=True)
+        moments = Moments(
+            weight.shape[1], schemes[0].activation, None, p.device, rotation=p.numbers.rotation, clean=True
+        )
         feed(moments)
         if not moments.rows:
             return
