@@ -82,7 +82,7 @@ def quantize_experts(
     routed: RoutedTokens,
     projections: Projections,
     smooth: Callable[[Expert], None] | None,
-    done: Callable[[str, MXTensor, int], None],
+    done: Callable[[str, MXTensor, bool], None],
 ) -> None:
     """Quantise all experts of a layer, with the weights and moments of some in memory at a time.
 
@@ -105,12 +105,12 @@ def quantize_experts(
             for expert in group:
                 smooth(expert)
         first = [Readers(leaves=expert.first, feed=expert.feed_first) for expert in group]
-        for name, (weight, rows) in projections.quantize(first).items():
+        for name, (weight, short) in projections.quantize(first).items():
             by_name[name].weights[name] = weight
-            done(name, weight, rows)
+            done(name, weight, short)
         second = [Readers(leaves=expert.second, feed=expert.feed_second) for expert in group]
-        for name, (weight, rows) in projections.quantize(second).items():
-            done(name, weight, rows)
+        for name, (weight, short) in projections.quantize(second).items():
+            done(name, weight, short)
         for expert in group:
             expert.weights.clear()
 
