@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxperts.checkpoint.names import SPELLINGS, split_expert
+from mxperts.errors import ArgumentError
 from mxperts.integrations.transformers.experts import activate, in_order
 from mxperts.integrations.transformers.gate import Gate, recognize
 from mxperts.ops.linear import mx_linear
@@ -172,9 +173,15 @@ class Expert:
         return amax, rows
 
     def add_outputs(self, outputs: Tensor) -> None:
-        """Add what the expert gives, times how much it counts, to ``outputs``, float32 [T, H]."""
+        """Add what the expert gives, times how much it counts, to ``outputs``, float32 [T, H].
+
+        Raises:
+            ArgumentError: that goes through a norm first.
+        """
+        (leaf,) = self.second
+        if getattr(self._module, "has_post_expert_norm", False):
+            raise ArgumentError(f"{leaf.module}: what experts with a norm of their own give cannot be measured")
         for tokens, x, share in self._routed.tokens_of(self._number, self._projections.device):
-            (leaf,) = self.second
             y = self._linear(leaf, self._between(x), torch.float32)
             outputs.index_add_(0, tokens, (y * share.unsqueeze(-1)).cpu())
 

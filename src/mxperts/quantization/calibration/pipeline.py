@@ -127,6 +127,7 @@ class Pipeline:
             The linear layers that too few inputs came to.
         """
         files = shard_names(len(self.model.layers))
+        self.progress(self.done, self.total)
         packed = self._packed()
         self.source.load_rest()
         for index, file in enumerate(files[:-1]):
