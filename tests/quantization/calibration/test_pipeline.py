@@ -42,10 +42,14 @@ def rtn(problem: Any) -> mx.MXTensor:
     return mx.quantize(problem.weight, problem.format, preset=problem.preset, scale_rule=problem.scale_rule)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rounding_to_nearest_is_the_same_as_without_text(tmp_path: Path, family: str, calibration: Calibration) -> None:
+@pytest.mark.parametrize(
+    ("family", "rotation"), [*((family, None) for family in FAMILIES), ("deepseek_v3", "hadamard32")]
+)
+def test_rounding_to_nearest_is_the_same_as_without_text(
+    tmp_path: Path, family: str, rotation: str | None, calibration: Calibration
+) -> None:
     source = FIXTURES / f"bf16-{family}"
-    options: dict[str, Any] = {"exclude": ["lm_head"]}
+    options: dict[str, Any] = {"exclude": ["lm_head"], "rotation": rotation}
     quantize_checkpoint(source, tmp_path / "text", "w4a4", method=rtn, calibration=calibration, **options)
     quantize_checkpoint(source, tmp_path / "plain", "w4a4", **options)
     ours, plain = Checkpoint.open(tmp_path / "text"), Checkpoint.open(tmp_path / "plain")

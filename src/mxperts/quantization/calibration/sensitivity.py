@@ -13,16 +13,14 @@ from torch import Tensor
 from mxperts.checkpoint.safetensors_file import replacing
 from mxperts.errors import ArgumentError
 from mxperts.formats import FP8_STATIC, MXFP4, MXFP6_E2M3, MXFP8_E4M3, BlockFormat, Scheme
-from mxperts.ops.quantize import quantize
 from mxperts.quantization.calibration.experts import experts_of
 from mxperts.quantization.calibration.layer import Texts, forward, own_forward, owners, route, run_to, sites_of
-from mxperts.quantization.calibration.moments import Moments
+from mxperts.quantization.calibration.noise import Noise, energy
 from mxperts.quantization.calibration.projections import Projections
 from mxperts.quantization.calibration.sites import seeing
 from mxperts.quantization.calibration.source import SourceModel
 from mxperts.quantization.calibration.states import HiddenStates, mapped
 from mxperts.quantization.leaves import WEIGHT, Leaf
-from mxperts.quantization.methods.error import output_error
 from mxperts.quantization.methods.mixed import allocate
 
 CANDIDATES = (MXFP4, MXFP6_E2M3, MXFP8_E4M3)
@@ -169,7 +167,7 @@ class Sensitivity:
                 groups[name] = self._linears(index, texts, name, parts)
         leaving = self._run(index, texts, outputs)
         groups = {name: group for name, group in groups.items() if group.modules}
-        gain = _energy(leaving, texts.states) / max(_energy(leaving), 1e-30)
+        gain = energy(leaving, texts.states) / max(energy(leaving), 1e-30)
         for group in groups.values():
             group.noise = {scheme: noise * gain for scheme, noise in group.noise.items()}
         self._costs[str(index)] = {name: vars(group) for name, group in groups.items()}
@@ -183,7 +181,7 @@ class Sensitivity:
     def _linears(self, index: int, texts: Texts, name: str, parts: Sequence[Leaf]) -> Group:
         """Linear layers that read one input."""
         quantised = [leaf for leaf in parts if leaf.module in self._free]
-        group, noise = Group(), _Noise(self._projections)
+        group, noise = Group(), Noise(self._projections)
         if quantised:
             candidates = self._candidates(quantised[0])
             group.add(quantised, candidates)
@@ -202,7 +200,7 @@ class Sensitivity:
         module = self._model.model.get_submodule(name)
         routed = route(self._model, index, texts, name, self._scratch / "experts.tmp")
         outputs = torch.zeros(texts.ids.numel(), texts.states.shape[-1])
-        group, first, second = Group(), _Noise(self._projections), _Noise(self._projections)
+        group, first, second = Group(), Noise(self._projections), Noise(self._projections)
         for expert in experts_of(module, parts, routed, self._projections.unquantised()):
             for noise, leaves, feed in (
                 (first, expert.first, expert.feed_first),
@@ -243,45 +241,3 @@ class Sensitivity:
                 layer = own_forward(self._model, index)
                 leaving[part] = forward(self._model, index, ids, states, layer).cpu()
         return leaving
-
-
-class _Noise:
-    """The squared errors of projections' outputs in every candidate, and the squares of the outputs."""
-
-    def __init__(self, projections: Projections) -> None:
-        self._projections = projections
-        self._errors: dict[str, float] = {}
-        self._energy = 0.0
-
-    def add(self, leaves: Sequence[Leaf], candidates: Iterable[Scheme], feed: Callable[[Moments], None]) -> None:
-        """Add linear layers that read the same input."""
-        p = self._projections
-        weight = torch.cat([p.numbers.rotated(p.values(leaf).to(p.device)) for leaf in leaves])
-        schemes = list(candidates)
-        moments = Moments(
-            weight.shape[1], schemes[0].activation, None, p.device, rotation=p.numbers.rotation, clean=True
-        )
-        feed(moments)
-        if not moments.rows:
-            return
-        inputs, total = moments.inputs(), float(moments.weight)
-        clean = inputs.moment if inputs.clean is None else inputs.clean
-        self._energy += total * float(((weight.float() @ clean) * weight).sum(dtype=torch.float64))
-        for scheme in schemes:
-            assert scheme.weight is not None
-            rounded = quantize(weight, scheme.weight, preset=p.numbers.preset, scale_rule=p.numbers.scale_rule)
-            error = total * max(output_error(weight, rounded, inputs), 0.0)
-            self._errors[scheme.name] = self._errors.get(scheme.name, 0.0) + error
-
-    def total(self) -> dict[str, float]:
-        """The errors relative to the outputs."""
-        return {scheme: error / max(self._energy, 1e-30) for scheme, error in self._errors.items()}
-
-
-def _energy(states: Tensor, less: Tensor | None = None) -> float:
-    """The sum of the squares of hidden states, or of what they are more than others."""
-    total = 0.0
-    for i, window in enumerate(states):
-        wide = window.float() if less is None else window.float() - less[i].float()
-        total += float(wide.square().sum(dtype=torch.float64))
-    return total
