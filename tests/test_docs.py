@@ -8,12 +8,13 @@ import pytest
 
 from mxperts.backend.cpu.decode import Integers
 from mxperts.backend.cpu.paths import PATHS
-from mxperts.checkpoint import LAYOUTS, Rule
+from mxperts.checkpoint import LAYOUTS, Rule, rotated
 from mxperts.formats import BLOCK_FORMATS, FP8_ACTIVATIONS, MXFP4, PRESETS, BlockFormat, Encoding, Recipe, Role, Scheme
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    *("formats.md", "numerics.md", "cpu.md", "gpu.md", "serving.md", "evaluation.md", "quantization.md", "verify.md"),
+    *("formats.md", "numerics.md", "cpu.md", "gpu.md", "serving.md", "evaluation.md", "quantization.md"),
+    *("verify.md", "rotation.md"),
 )
 
 
@@ -100,7 +101,8 @@ def paths_table() -> str:
 def holding(scheme: Scheme) -> str:
     """The layouts that can hold experts of a scheme."""
     expert = Rule(pattern="model.layers.0.mlp.experts.0.up_proj", scheme=scheme)
-    return ", ".join(layout.NAME for layout in LAYOUTS.values() if layout.refuses(expert, "gpt_oss") is None)
+    layouts = [layout for layout in LAYOUTS.values() if layout is not rotated]  # which nothing is converted to
+    return ", ".join(layout.NAME for layout in layouts if layout.refuses(expert, "gpt_oss") is None)
 
 
 def layouts_table() -> str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mxperts.checkpoint import Checkpoint
 from mxperts.cli.progress import Progress
 from mxperts.cli.quantize import quantize
+from mxperts.errors import ArgumentError
 
 SOURCE = Path(__file__).parent.parent / "fixtures" / "checkpoints" / "bf16-qwen3_moe"
 
@@ -48,6 +49,21 @@ def test_other_layouts(runner: CliRunner, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["format"] == "gpt-oss"
     assert "model.layers.0.mlp.experts.down_proj_blocks" in Checkpoint.open(tmp_path / "dst").names
+
+
+def test_rotation(runner: CliRunner, tmp_path: Path) -> None:
+    arguments = [str(SOURCE), str(tmp_path / "dst"), "--scheme", "w4a4", "--rotate"]
+    result = runner.invoke(app, [*arguments, "hadamard32", "-o", "json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["format"], document["rotation"]) == ("mxperts", "hadamard32")
+    scheme = Checkpoint.open(tmp_path / "dst").scheme
+    assert scheme is not None
+    assert scheme.rotation == "hadamard32"
+    again = runner.invoke(app, [*arguments[:1], str(tmp_path / "again"), *arguments[2:], "hadamard32"])
+    assert "w_mxfp4_a_mxfp4, rotated by hadamard32: 12 layers quantised" in again.stdout
+    wrong = runner.invoke(app, [*arguments[:1], str(tmp_path / "wrong"), *arguments[2:], "hadamard"])
+    assert isinstance(wrong.exception, ArgumentError)
 
 
 def test_dry_run_writes_nothing(runner: CliRunner, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def main(out: Path, cases: list[tuple[str, str | None]]) -> None:
     experts_only = transformers.DistributedConfig(tp_size=n, ep_size=n, tp_plan={})
     results: dict[Any, Any] = {case: one_case(*case, experts_only) for case in cases}
     batches = transformers.DistributedConfig(fsdp_size=n, ep_size=n)
+    results["rotated"] = logits_of(mx.load(out.parent / "rotated", distributed_config=experts_only))
     results["fsdp"] = one_case("quark-qwen3_moe-mxfp4", None, batches)
 
     mx.install()

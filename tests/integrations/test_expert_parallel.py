@@ -19,6 +19,7 @@ from mxperts.distributed import Wire
 from mxperts.errors import BackendUnavailable
 from mxperts.formats import Scheme
 from mxperts.integrations.transformers import mx_experts
+from mxperts.quantization import quantize_checkpoint
 
 expert_parallel = pytest.importorskip(
     "mxperts.integrations.transformers.expert_parallel", reason="needs transformers >= 5.23", exc_type=ImportError
@@ -42,6 +43,7 @@ LOADED = [
     ("bf16-qwen3_moe", "w_mxfp4_a_fp8_dynamic"),
 ]
 """Unquantised ones, quantised while they load."""
+ROTATED = FIXTURES / "bf16-qwen3_moe"
 CASES = [*((name, None) for name in STORED), *LOADED]
 FOR_FOUR = [
     ("quark-qwen3_moe-mxfp4", None),
@@ -62,6 +64,7 @@ def spread(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The number of processes, and what the first of them found; gloo joins them."""
     n, cases = request.param
     out = tmp_path_factory.mktemp("spread") / "results.pt"
+    quantize_checkpoint(ROTATED, out.parent / "rotated", "w4a4", rotation="hadamard32")
     worker = Path(__file__).with_name("expert_parallel_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     done = subprocess.run([*command, worker, out, json.dumps(cases)], capture_output=True, text=True, timeout=600)
@@ -85,6 +88,12 @@ def test_logits_are_those_of_one_process(spread: tuple[int, Any]) -> None:
         assert torch.equal(case["logits"], logits_of(model)), (name, scheme)
         assert torch.equal(case["one token"], logits_of(model, 1)[:, :1]), (name, scheme)
         assert case["experts"] == [m.num_experts // n for _, m in mx_experts(model)]
+
+
+def test_rotated_rows_travel_as_they_are_and_give_the_same(spread: tuple[int, Any]) -> None:
+    _, found = spread
+    assert torch.equal(found["rotated"], logits_of(mx.load(ROTATED, scheme="w4a4", rotation="hadamard32")))
+    assert not torch.equal(found["rotated"], logits_of(mx.load(ROTATED, scheme="w4a4")))
 
 
 def test_each_process_has_its_share_of_the_experts_and_no_more(spread: tuple[int, Any]) -> None:

@@ -141,6 +141,8 @@ def test_refusals(tmp_path: Path) -> None:
     source = FIXTURES / "bf16-qwen3_moe"
     with pytest.raises(ArgumentError, match="rotation is of use only with scheme"):
         mx.load(source, rotation="hadamard32")
+    with pytest.raises(ArgumentError, match="rotation is not of use with distributed_config"):
+        mx.load(source, scheme="w_mxfp4", rotation="hadamard32", distributed_config={"ep_size": 2})
     with pytest.raises(ArgumentError, match="unknown rotation 'hadamard'"):
         mx.load(source, scheme="w_mxfp4", rotation="hadamard")
     folder = made(tmp_path / "a", "w_mxfp4")

@@ -171,7 +171,7 @@ def quantize(
             "dst": str(dst),
             "dry_run": dry_run,
             "scheme": summary.scheme.name,
-            "format": settings["format"],
+            "format": summary.format,
             "rotation": settings.get("rotation"),
             "modules": summary.modules,
             "excluded": list(summary.excluded),

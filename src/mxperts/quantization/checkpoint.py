@@ -42,6 +42,7 @@ class Summary:
 
     Attributes:
         dst: the folder written; None after a dry run.
+        format: the layout.
         scheme: of all that is not excluded.
         modules: linear layers quantised.
         excluded: linear layers, routers and embeddings left as they are.
@@ -52,6 +53,7 @@ class Summary:
     """
 
     dst: Path | None
+    format: str
     scheme: Scheme
     modules: int
     excluded: Sequence[str]
@@ -179,6 +181,7 @@ def quantize_checkpoint(
             resumed = rewrite(checkpoint, dst, config, plan.shards, settings, progress)
     return Summary(
         dst=None if dry_run else dst,
+        format=format,
         scheme=scheme,
         modules=plan.modules,
         excluded=[rule.pattern for rule in rules if rule.scheme == Scheme("none")],

@@ -212,6 +212,21 @@ def test_an_unknown_version_is_left_as_it_is_with_one_warning():
 
 
 @pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({}, "weights of this checkpoint are rotated by 'hadamard32', and vLLM does not rotate inputs: serve it with"),
+        ({plugin.SWITCH: "0"}, "Unknown quantization method: mxperts"),
+    ],
+)
+def test_rotated_weights_are_refused_before_they_are_loaded(env, message, tmp_path):
+    """By the plugin in words that say what to do, and by vLLM alone."""
+    path = tmp_path / "model"
+    in_child(checkpoints.quantized, "w_mxfp4_a_mxfp4", path, rotation="hadamard32")
+    with pytest.raises(AssertionError, match=message):
+        in_child(run, path, env=env)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"backend": "gpu"}, r"mxperts .* in vllm.*preparing the experts of .*backend 'gpu' cannot run"),

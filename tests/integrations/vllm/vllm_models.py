@@ -76,12 +76,19 @@ def random_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def quantized(scheme: str, folder: Path, *, source: Path | None = None, exclude: list[str] | None = None) -> Path:
-    """A checkpoint in AMD Quark's layout; by default of the model that comes with mxperts."""
+def quantized(
+    scheme: str,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    exclude: list[str] | None = None,
+    rotation: str | None = None,
+) -> Path:
+    """A checkpoint in AMD Quark's layout, or rotated in ours; by default of the model that comes with mxperts."""
     source = source or models.shipped()
     static = mx.Scheme(scheme).activation == FP8_STATIC
     scales = {name: 0.05 if "down" in name else 0.02 for name in _linears(source)} if static else None
-    quantize_checkpoint(source, folder, scheme, exclude=exclude, input_scales=scales)
+    quantize_checkpoint(source, folder, scheme, exclude=exclude, input_scales=scales, rotation=rotation)
     return folder
 
 

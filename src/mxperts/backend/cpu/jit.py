@@ -132,13 +132,13 @@ def _user_cache() -> Path:
 
 @lru_cache
 def source_stamp() -> str:
-    """A name for the sources of this package and of the formats they are made for, and for Numba's version.
+    """A name for the sources of this package, of the formats and the rotation they are made for, and Numba's version.
 
     Numba's own cache looks only at the file of the function itself, not at what is compiled into it.
     """
     digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
-    here = Path(__file__).parent
-    for file in sorted([*here.glob("*.py"), *(here.parent.parent / "formats").glob("*.py")]):
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    for file in sorted([*here.glob("*.py"), *(root / "formats").glob("*.py"), root / "rotation.py"]):
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -69,7 +69,8 @@ def load(
         scheme: quantise an unquantised checkpoint to this, such as "w_mxfp4_a_mxfp6_e2m3"; needs transformers >= 5.23.
         exclude: with ``scheme``, modules to leave alone: names, globs, or ``re:`` and a regular expression. By default
             all but the projections of experts and MLPs, as in ``quantize_checkpoint``.
-        rotation: with ``scheme``, what to rotate weights by before they are quantised, and inputs: "hadamard32".
+        rotation: with ``scheme``, what to rotate weights by before they are quantised, and inputs: "hadamard32". Not
+            with ``distributed_config``.
         backend: what runs the quantised modules: "auto" or a backend's name.
         dtype: of everything that is not quantised, and of hidden states; "auto" takes the checkpoint's.
         **kwargs: for Transformers' ``from_pretrained``. With ``distributed_config``, a ``DistributedConfig`` whose
@@ -94,6 +95,11 @@ def load(
     if scheme is None and rotation is not None:
         raise ArgumentError("rotation is of use only with scheme: a quantised checkpoint says itself what is rotated")
     check_rotation(rotation)
+    if rotation is not None and kwargs.get("distributed_config") is not None:
+        raise ArgumentError(
+            "rotation is not of use with distributed_config: what is rotated while it loads cannot be spread. "
+            "Rotate and quantise the checkpoint first, by `mxperts quantize --rotate`, and load that"
+        )
     for name, advice in NOT_TAKEN.items():
         if name in kwargs:
             raise ArgumentError(f"mx.load takes no {name}: {advice}")

@@ -35,14 +35,14 @@ class Target:
     Attributes:
         format: to this.
         scales: the parameter's name of the scales.
-        shape: of the codes.
+        row: shape of a row of codes.
         rotation: what to rotate it by before.
         transpose: whether the weight arrives as [E, K, N].
     """
 
     format: BlockFormat
     scales: str
-    shape: tuple[int, ...]
+    row: tuple[int, ...]
     rotation: str | None = None
     transpose: bool = False
 
@@ -76,10 +76,10 @@ def prepare_for_quantization(
         elif type(module) is nn.Linear and f"{path}.weight" not in tied:
             found = _check(path, scheme.scheme_of(path))
             if found.weight is not None:
-                shape = (module.out_features, *_row(path, found.weight, module.in_features, scheme))
-                model.set_submodule(path, _linear(module, found, shape, scheme.rotation, backend))
+                row = _row(path, found.weight, module.in_features, scheme)
+                model.set_submodule(path, _linear(module, found, row, scheme.rotation, backend))
                 targets[f"{path}.weight"] = Target(
-                    format=found.weight, scales=f"{path}.weight_scale", shape=shape, rotation=scheme.rotation
+                    format=found.weight, scales=f"{path}.weight_scale", row=row, rotation=scheme.rotation
                 )
     if not targets:
         raise ArgumentError(f"nothing in {type(model).__name__} is left to quantise: exclude less")
@@ -130,7 +130,7 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         mx = quantize(weight if target.rotation is None else rotate_weight(weight), target.format)
         if missing_keys is not None:
             missing_keys.discard(target.scales)
-        codes = mx.packed[..., : target.format.stored_size(mx.k)].reshape(target.shape)
+        codes = mx.packed[..., : target.format.stored_size(mx.k)].reshape(*weight.shape[:-1], *target.row).contiguous()
         tensors = {full_layer_name: codes, target.scales: mx.scales}
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
@@ -204,14 +204,14 @@ def _pack_experts(
     projections, targets = [], {}
     for parameter, (n, k) in projection_shapes(module).items():
         delattr(module, parameter)
-        shape = (module.num_experts, n, *_row(path, fmt, k, model_scheme))
-        add_parameter(module, parameter, shape, torch.uint8)
+        row = _row(path, fmt, k, model_scheme)
+        add_parameter(module, parameter, (module.num_experts, n, *row), torch.uint8)
         add_parameter(module, f"{parameter}_scale", (module.num_experts, n, fmt.blocks(k)), torch.uint8)
         projections.append(PackedProjection(format=fmt, k=k, codes=parameter, scales=f"{parameter}_scale"))
         targets[f"{path}.{parameter}"] = Target(
             format=fmt,
             scales=f"{path}.{parameter}_scale",
-            shape=shape,
+            row=row,
             rotation=model_scheme.rotation,
             transpose=module.is_transposed,
         )
@@ -231,7 +231,7 @@ def _pack_experts(
 
 
 def _linear(
-    linear: nn.Linear, scheme: Scheme, shape: tuple[int, ...], rotation: str | None, backend: str
+    linear: nn.Linear, scheme: Scheme, row: tuple[int, ...], rotation: str | None, backend: str
 ) -> StoredLinear:
     fmt = scheme.weight
     assert fmt is not None
@@ -240,7 +240,7 @@ def _linear(
         linear,
         fmt,
         scheme.activation,
-        codes=("weight", shape, torch.uint8),
+        codes=("weight", (n, *row), torch.uint8),
         scales=("weight_scale", (n, fmt.blocks(k)), torch.uint8),
         rotation=rotation,
         backend=backend,
