@@ -72,6 +72,7 @@ class LayerwiseModel:
         self.model.eval().requires_grad_(False)
         self.dtype, self.device, self.trust_remote_code = dtype, device, trust_remote_code
         self._names = dict(self.model.state_dict())
+        self._targets: dict[str, str] = {}
         self._quantizer: MXQuantizer | None = None
         conversions = get_model_conversion_mapping(self.model)
         if packed is not None:
@@ -86,14 +87,14 @@ class LayerwiseModel:
 
     def target(self, tensor: str) -> str:
         """The parameter that a tensor of the checkpoint becomes, or becomes a part of."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        if tensor not in self._targets:  # asked for often, and found with many regular expressions
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
-        name: str = rename_source_key(tensor, renamings, converters, self.model.base_model_prefix, self._names)[0]
-        if name not in self._names and tensor in self._names:
-            return tensor
-        return name
+            renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+            converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+            name = rename_source_key(tensor, renamings, converters, self.model.base_model_prefix, self._names)[0]
+            self._targets[tensor] = tensor if name not in self._names and tensor in self._names else name
+        return self._targets[tensor]
 
     def layer_of(self, tensor: str) -> int | None:
         """Which decoder layer a tensor of the checkpoint belongs to; None for what belongs to none."""
