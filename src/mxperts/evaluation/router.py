@@ -68,3 +68,16 @@ def agreement(ours: Choices, base: Choices) -> dict[str, float]:
         name: (base[name].unsqueeze(-1) == ours[name].unsqueeze(-2)).any(-1).to(torch.float64).mean().item()
         for name in base
     }
+
+
+def load(ours: Choices, experts: Mapping[str, int]) -> dict[str, list[int]]:
+    """By layer, how many tokens each of its experts gets; all tokens of all windows count, scored or not.
+
+    Args:
+        ours: the choices.
+        experts: number of experts in each layer.
+    """
+    return {
+        name: torch.bincount(index.flatten().to(torch.int64), minlength=experts[name]).tolist()
+        for name, index in ours.items()
+    }
