@@ -6,7 +6,7 @@ import torch
 
 from mxperts.errors import ArgumentError
 from mxperts.evaluation import Windows, evaluate, evaluate_base
-from mxperts.evaluation.baseline import LogitStore
+from mxperts.evaluation.logits import LogitStore
 from mxperts.evaluation.router import experts_modules
 
 
@@ -49,7 +49,7 @@ def test_divergence_is_its_definition(base_model, other_model, windows):
         sum(math.exp(p) * (p - q) for p, q in zip(ps, qs, strict=True)) for ps, qs in zip(p_rows, q_rows, strict=True)
     ]
     assert evaluation.divergence.kl.value == pytest.approx(sum(kl) / len(kl), rel=1e-4)
-    assert evaluation.divergence.kl_percentiles[100.0] == pytest.approx(max(kl), rel=1e-4)
+    assert evaluation.divergence.kl_percentiles[100.0].value == pytest.approx(max(kl), rel=1e-4)
     assert 0 < evaluation.mean_router_agreement < 1
 
 
@@ -71,8 +71,9 @@ def test_logits_beyond_the_limit_go_to_a_file_and_come_back_exactly():
     logits = torch.randn(6, 5).to(torch.bfloat16)
     store = LogitStore(6, 5, torch.bfloat16, memory_limit=10)
     assert not store.in_memory
-    store[slice(0, 4)], store[slice(4, 6)] = logits[:4], logits[4:]
-    assert torch.equal(store[slice(0, 6)], logits)
+    store.keep(slice(0, 4), logits[:4], torch.zeros(4, dtype=torch.int64))
+    store.keep(slice(4, 6), logits[4:], torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(store.logits, logits)
     assert LogitStore(6, 5, torch.bfloat16).in_memory
 
 

@@ -5,17 +5,17 @@ model's. Each is measured in two ways. A layer's own error is that of its output
 if it is an experts layer, the base's routing: nothing that came before adds to it. The accumulated error is that of its
 output in the model itself, where everything is quantised.
 
-The parts are the whole decoder layers, their experts, both projections of the experts, and all linear layers that either
-model has quantised. Projections are compared for each token and each of the base's experts, before router weights;
-``down_proj`` is given the base's activations. As the two models may send a token to different experts, projections have
-no accumulated error.
+The parts are the whole decoder layers, their experts, both projections of the experts, and all linear layers that
+either model has quantised. Projections are compared for each token and each of the base's experts, before router
+weights; ``down_proj`` is given the base's activations. As the two models may send a token to different experts,
+projections have no accumulated error.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from mxperts.errors import ArgumentError
 from mxperts.evaluation.router import experts_modules
 from mxperts.evaluation.windows import Windows
 
-LAYER, EXPERTS = "layer", "experts"
+LAYER, EXPERTS = "whole layer", "experts"
 """What decoder layers and their experts are called as parts; projections and linear layers have names of their own."""
 
 
@@ -39,7 +39,7 @@ class PartError:
     Attributes:
         module: its name in the model.
         layer: the number of its decoder layer; None outside of them.
-        part: "layer", "experts", or what a projection or linear layer is called.
+        part: "whole layer", "experts", or what a projection or linear layer is called.
         own: relative error given the base's input; NaN where the base's output is 0 everywhere but the model's is not.
         accumulated: relative error in the model; None for experts' projections.
     """
@@ -102,9 +102,9 @@ def layer_errors(
             done += len(ids)
             progress(done, total)
     found = [
-        PartError(module=module, layer=_number(module), part=part, own=s.own.error, accumulated=s.accumulated.error)
+        PartError(module=module, layer=_number(module), part=part, own=own, accumulated=s.accumulated.error)
         for (module, part), s in sums.items()
-        if (own := s.own.error) is not None
+        if (own := s.own.error) is not None  # else it was never run
     ]
     return LayerErrors(name=name, parts=found)
 
@@ -150,7 +150,9 @@ def _parts(base: nn.Module, model: nn.Module) -> list[tuple[str, str]]:
     inside = tuple(f"{name}." for name in experts)
     linears = [n for n in {**_stored_linears(base), **_stored_linears(model)} if not n.startswith(inside)]
     lists = dict.fromkeys(m[1] for name in (*experts, *linears) if (m := _NUMBERED.match(name)))
-    decoder_layers = [f"{prefix}.{child}" for prefix in lists for child, _ in base.get_submodule(prefix).named_children()]
+    decoder_layers = [
+        f"{prefix}.{child}" for prefix in lists for child, _ in base.get_submodule(prefix).named_children()
+    ]
     found = [(name, name.rpartition(".")[2]) for name in linears]
     found += [(name, part) for name, module in experts.items() for part in (up_projection(module), "down_proj")]
     found += [(name, EXPERTS) for name in experts] + [(name, LAYER) for name in decoder_layers]

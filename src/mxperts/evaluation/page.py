@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from mxperts.errors import ArgumentError
 from mxperts.evaluation.evaluate import Evaluation
 from mxperts.evaluation.pictures import DARK, LIGHT, Picture, pictures
 from mxperts.evaluation.plot import drawing
-from mxperts.evaluation.report import NOTE, Report, with_error
+from mxperts.evaluation.report import LAYER_NOTE, Report, with_error
+from mxperts.evaluation.statistics import Estimate
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -43,14 +45,22 @@ def check_report_file(file: str | Path) -> None:
         ArgumentError: there is no such folder, or no permission to write there, or ``file`` is a folder.
         MxpertsError: matplotlib is not installed.
     """
-    file = Path(file)
+    check_writable(Path(file))
+    drawing()
+
+
+def check_writable(file: Path) -> None:
+    """Check that a file can be written, or replaced.
+
+    Raises:
+        ArgumentError: there is no such folder, or no permission to write there, or ``file`` is a folder.
+    """
     if not file.parent.is_dir():
         raise ArgumentError(f"{file} cannot be written: there is no folder {file.parent}; make it first")
     if file.is_dir():
-        raise ArgumentError(f"{file} cannot be written: it is a folder; name a file in it, such as {file}/report.html")
+        raise ArgumentError(f"{file} cannot be written: it is a folder; name a file in it")
     if not os.access(file.parent, os.W_OK):
         raise ArgumentError(f"{file} cannot be written: no permission to write in {file.parent}")
-    drawing()
 
 
 def write_report(report: Report, file: str | Path) -> list[Path]:
@@ -86,6 +96,7 @@ def _page(report: Report, drawn: Sequence[tuple[Picture, bytes, bytes]]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"text": _text, "token": _token, "base64": lambda data: base64.b64encode(data).decode()}
+    environment.filters["estimate"] = lambda cell: cell.partition(" ± ")[::2]
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         compared=[e for e in report.rows if e.divergence is not None],
@@ -94,7 +105,7 @@ def _page(report: Report, drawn: Sequence[tuple[Picture, bytes, bytes]]) -> str:
         layers=_layers(report),
         dead=_dead(report),
         pictures={picture.name: (picture, light, dark) for picture, light, dark in drawn},
-        note=NOTE,
+        note=report.note,
         conditions=_flat(report.conditions),
     )
 
@@ -107,13 +118,17 @@ def _scoreboard(report: Report) -> _Table:
         d, agreement = e.divergence, e.mean_router_agreement
         cells = [e.name, f"{e.expert_bits:.2f}", f"{e.model_bits:.2f}", f"{e.size.model / 1e6:.2f}"]
         cells.append(with_error(e.perplexity))
-        cells += [""] * 5 if d is None else [
-            with_error(d.ln_ratio, sign="+"),
-            with_error(d.kl),
-            with_error(d.delta_p, scale=100, sign="+"),
-            with_error(d.rms_delta_p, scale=100),
-            with_error(d.same_top, scale=100),
-        ]
+        cells += (
+            [""] * 5
+            if d is None
+            else [
+                with_error(d.ln_ratio, sign="+"),
+                with_error(d.kl),
+                with_error(d.delta_p, scale=100, sign="+"),
+                with_error(d.rms_delta_p, scale=100),
+                with_error(d.same_top, scale=100),
+            ]
+        )
         cells.append("" if agreement is None else f"{100 * agreement:.2f}")
         rows.append([*cells, "" if e.tokens_per_second is None else f"{e.tokens_per_second:.0f}"])
     return _Table(caption=f"By KL divergence from {report.base.name}", header=header, rows=rows)
@@ -125,28 +140,23 @@ def _percentiles(report: Report) -> list[_Table]:
         ("KL divergence by percentile, nats a token", "kl_percentiles", 1.0),
         ("Δp by percentile, percent", "delta_p_percentiles", 100.0),
     ):
-        found = {e.name: getattr(e.divergence, name) for e in report.rows if e.divergence is not None}
+        found = [(e.name, getattr(e.divergence, name)) for e in report.rows if e.divergence is not None]
         if found:
-            places = next(iter(found.values()))
+            places = found[0][1]
             header = ["model", *({0.0: "min", 50.0: "median", 100.0: "max"}.get(p, f"{p:g} %") for p in places)]
-            rows = [[row, *(with_error(e, scale=scale) for e in values.values())] for row, values in found.items()]
+            rows = [[row, *(_estimate(e, scale) for e in values.values())] for row, values in found]
             tables.append(_Table(caption=caption, header=header, rows=rows))
     return tables
 
 
-def _layers(report: Report) -> list[_Table]:
-    header = ["module", "part", "own error %", "accumulated error %"]
-    return [
-        _Table(
-            caption=f"Relative errors of {found.name}",
-            header=header,
-            rows=[
-                [p.module, p.part, f"{100 * p.own:.3f}", "" if p.accumulated is None else f"{100 * p.accumulated:.3f}"]
-                for p in found.parts
-            ],
-        )
-        for found in report.layers
-    ]
+def _estimate(e: Estimate, scale: float) -> str:
+    """With its standard error, where that is known."""
+    return f"{scale * e.value:.5g}" if math.isnan(e.stderr) else with_error(e, scale=scale)
+
+
+def _layers(report: Report) -> _Table:
+    header, rows = report.layer_table()
+    return _Table(caption=LAYER_NOTE, header=header, rows=rows)
 
 
 def _dead(report: Report) -> list[tuple[str, str]]:

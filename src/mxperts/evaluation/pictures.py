@@ -81,8 +81,8 @@ def pictures(report: Report) -> Iterator[Picture]:
         yield Picture(
             name="divergence",
             title="Divergence and size",
-            caption="KL divergence from the base against bits a weight of the experts. Bars are one standard error; the "
-            "green line joins the models that no other beats in both.",
+            caption="KL divergence from the base against bits a weight of the experts. Bars are one standard error; "
+            "the green line joins the models that no other beats in both.",
             alt="Scatter plot of KL divergence against bits a weight; the scoreboard has the numbers.",
             height=SIZE[1],
             draw=lambda figure: draw_divergence(figure, report),
@@ -131,7 +131,9 @@ def pictures(report: Report) -> Iterator[Picture]:
 
 def _draw_histograms(figure: Any, compared: Sequence[tuple[Evaluation, Divergence]]) -> None:
     all_axes = figure.subplots(len(compared), sharex=True, squeeze=False)[:, 0]
-    used = [edge for _, d in compared for edge, n in zip(d.kl_histogram.edges, d.kl_histogram.counts, strict=False) if n]
+    used = [
+        edge for _, d in compared for edge, n in zip(d.kl_histogram.edges, d.kl_histogram.counts, strict=False) if n
+    ]
     for axes, (e, d) in zip(all_axes, compared, strict=True):
         shares = [n / e.tokens for n in d.kl_histogram.counts]
         axes.stairs(shares, d.kl_histogram.edges, fill=True, color="tab:blue", alpha=0.75)
@@ -185,7 +187,9 @@ def _draw_layers(figure: Any, layers: Sequence[LayerErrors]) -> None:
 def _draw_load(figure: Any, base: Evaluation) -> None:
     loads = list(base.load.values())
     experts = max(map(len, loads))
-    shares = [[n * len(load) / max(sum(load), 1) for n in load] + [float("nan")] * (experts - len(load)) for load in loads]
+    shares = [
+        [n * len(load) / max(sum(load), 1) for n in load] + [float("nan")] * (experts - len(load)) for load in loads
+    ]
     axes = figure.add_subplot()
     shown = _map(axes, shares, [str(i) for i in range(len(loads))], [str(e) for e in range(experts)], digits=1)
     dead = [(e, i) for i, load in enumerate(loads) for e, n in enumerate(load) if n == 0]

@@ -47,7 +47,7 @@ def draw_divergence(figure: Any, report: Report) -> None:
 
     axes = figure.add_subplot()
     front = _front([(e.expert_bits, kl.value) for e, kl in drawn])
-    axes.plot(*zip(*front, strict=True), color="tab:green", linewidth=6, alpha=0.2, label="none better at fewer bits")
+    axes.plot(*zip(*front, strict=True), color="tab:green", linewidth=6, alpha=0.3, label="none better at fewer bits")
     for kind, (marker, colour) in _KINDS.items():
         series = [(e.expert_bits, kl) for e, kl in drawn if _kind(e.name) == kind]
         if series:

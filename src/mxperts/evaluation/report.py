@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from mxperts.evaluation.divergence import DELTA_P_PERCENTILES, PERCENTILES, Divergence
 from mxperts.evaluation.evaluate import Evaluation
-from mxperts.evaluation.layers import LayerErrors
+from mxperts.evaluation.layers import LayerErrors, PartError
 from mxperts.evaluation.statistics import Estimate
 
 NOTE = (
@@ -19,6 +19,11 @@ NOTE = (
     "router: share of the first row's experts chosen too."
 )
 """What the columns of a comparison mean."""
+LAYER_NOTE = (
+    "Error of each part's output in percent of the base's: given the base's input → accumulated, with everything "
+    "quantised."
+)
+"""What the columns of the table of layers mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +61,39 @@ class Report:
     @property
     def note(self) -> str:
         """What the columns mean, to print below the table."""
-        return NOTE if self.others else ""
+        if not self.others:
+            return ""
+        top_k = self.conditions.get("base_top_k")
+        if not top_k:
+            return NOTE
+        rest = 100 * self.conditions["base_rest_mass"]["mean"]
+        return (
+            f"{NOTE} KLD is a lower bound: of the first row's distributions the {top_k} most likely tokens are known, "
+            f"and {rest:.3g} % of the probability, on average, as one number."
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """One flat dictionary a row, all with the same keys: raw numbers, for CSV."""
         return [_record(e) for e in self.rows]
+
+    def layer_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of text of all layers' errors, a column for each part; the first two columns are text."""
+        parts = list(dict.fromkeys(p.part for found in self.layers for p in found.parts))
+        rows = []
+        for found in self.layers:
+            for number in dict.fromkeys(p.layer for p in found.parts):
+                cells = {p.part: _own_and_accumulated(p) for p in found.parts if p.layer == number}
+                layer = "outside" if number is None else str(number)
+                rows.append([found.name, layer, *(cells.get(part, "") for part in parts)])
+        return ["scheme", "layer", *parts], rows
+
+    def layer_records(self) -> list[dict[str, Any]]:
+        """One flat dictionary a part of a model: raw numbers, for CSV."""
+        return [
+            {"scheme": found.name, **_numbers(dataclasses.asdict(part))}
+            for found in self.layers
+            for part in found.parts
+        ]
 
     def document(self) -> dict[str, Any]:
         """Everything, for JSON; what is not a number, such as the standard error of a maximum, is None."""
@@ -68,6 +101,11 @@ class Report:
         found = {"conditions": dict(self.conditions), "rows": rows}
         document: dict[str, Any] = _numbers(found | ({"layers": layers} if layers else {}))
         return document
+
+
+def _own_and_accumulated(part: PartError) -> str:
+    own, accumulated = f"{100 * part.own:.2f}", part.accumulated
+    return own if accumulated is None else f"{own} → {100 * accumulated:.2f}"
 
 
 def _row(e: Evaluation, *, compared: bool) -> list[str]:

@@ -16,7 +16,7 @@ Choices = dict[str, Tensor]
 """The experts of every token, by name of the experts module: int16 [tokens, k]."""
 
 
-def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+def experts_modules(model: nn.Module) -> dict[str, Any]:
     """The modules on Transformers' experts interface, by name, in the order of the layers."""
     from mxperts.integrations.transformers import is_experts  # takes seconds, which `mxperts --help` need not wait for
 
