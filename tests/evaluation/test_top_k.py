@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -59,7 +60,7 @@ def test_divergence_of_a_few_tokens_and_the_rest_is_its_definition(k):
 def test_more_tokens_come_nearer_from_below():
     base, other = random_logits(5), random_logits(6)
     divergences = [stored(base, k).compare(ROWS, other, TARGETS).kl for k in range(1, VOCABULARY + 1)]
-    for fewer, more in zip(divergences, divergences[1:], strict=False):
+    for fewer, more in itertools.pairwise(divergences):
         assert (fewer <= more + 1e-7).all()
     assert (divergences[0] < divergences[-1]).any()
 

@@ -83,6 +83,6 @@ class LogitStore:
 
 
 def most_likely(log_probabilities: Tensor, count: int) -> list[tuple[int, float]]:
-    """The tokens of the largest log-probabilities [vocabulary], the largest first, and their probabilities."""
-    top = log_probabilities.topk(min(count, log_probabilities.numel()))
-    return list(zip(top.indices.tolist(), top.values.exp().tolist(), strict=True))
+    """The tokens of the largest log-probabilities [vocabulary] and their probabilities; equals by number."""
+    values, ids = log_probabilities.sort(descending=True, stable=True)
+    return list(zip(ids[:count].tolist(), values[:count].exp().tolist(), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 from mxperts.evaluation.divergence import Divergence
 from mxperts.evaluation.evaluate import Evaluation
 from mxperts.evaluation.layers import LayerErrors
-from mxperts.evaluation.plot import SIZE, draw_divergence, drawing
+from mxperts.evaluation.plot import SIZE, draw_divergence, drawing, label
 from mxperts.evaluation.report import Report
 
 _WIDTH = 11.0
@@ -139,7 +139,7 @@ def _draw_histograms(figure: Any, compared: Sequence[tuple[Evaluation, Divergenc
         axes.stairs(shares, d.kl_histogram.edges, fill=True, color="tab:blue", alpha=0.75)
         axes.axvline(d.kl.value, color="tab:orange", linewidth=2.5)
         axes.axvline(d.kl_percentiles[99.0].value, color="tab:orange", linewidth=1)
-        axes.set_ylabel(e.name, rotation=0, ha="right", va="center", fontsize=9)
+        axes.set_ylabel(label(e.name), rotation=0, ha="right", va="center", fontsize=9)
         axes.set_yticks([])
         axes.spines[["top", "left", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
@@ -153,7 +153,7 @@ def _draw_routers(figure: Any, rows: Sequence[Evaluation]) -> None:
     layers = list(rows[0].router_agreement or {})
     values = [[100 * (e.router_agreement or {})[layer] for layer in layers] for e in rows]
     axes = figure.add_subplot()
-    shown = _map(axes, values, [e.name for e in rows], [str(i) for i in range(len(layers))], digits=1)
+    shown = _map(axes, values, [label(e.name) for e in rows], [str(i) for i in range(len(layers))], digits=1)
     axes.set_xlabel("MoE layer")
     figure.colorbar(shown, ax=axes, label="agreement, %")
 
@@ -179,7 +179,7 @@ def _draw_layers(figure: Any, layers: Sequence[LayerErrors]) -> None:
             cells = [[by_place.get((name, n)) for n in numbers] for name in parts]
             percent = [[float("nan") if not v else 100 * v for v in row] for row in cells]
             shown = _map(axes, percent, parts, [str(n) for n in numbers], digits=1, norm=norm, columns=_FEW // 2)
-            axes.set_title(f"{found.name}: {title}", fontsize=10)
+            axes.set_title(f"{label(found.name)}: {title}", fontsize=10)
     figure.colorbar(shown, ax=grid, label="relative error, %", fraction=0.03)
     figure.supxlabel("decoder layer", fontsize=10)
 

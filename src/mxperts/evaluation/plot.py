@@ -57,7 +57,7 @@ def draw_divergence(figure: Any, report: Report) -> None:
     heights = _label_heights([(round(e.expert_bits, 1), kl.value) for e, kl in drawn])
     for (e, kl), height in zip(drawn, heights, strict=True):
         axes.annotate(
-            e.name,
+            label(e.name),
             (e.expert_bits, kl.value),
             xytext=(e.expert_bits + 0.15, height),
             fontsize=8,
@@ -70,9 +70,14 @@ def draw_divergence(figure: Any, report: Report) -> None:
     axes.set_ylim(min(heights) / 1.5, max(heights) * 1.5)
     axes.set_xlabel("bits a weight (experts, scales included)")
     axes.set_ylabel("KL divergence from the base, nats a token")
-    axes.set_title(f"Divergence from {report.base.name}, {report.base.tokens} tokens{left_out}")
+    axes.set_title(f"Divergence from {label(report.base.name)}, {report.base.tokens} tokens{left_out}")
     axes.grid(which="both", alpha=0.25)
     axes.legend()
+
+
+def label(name: str) -> str:
+    """A name as matplotlib writes it, which takes what is between dollars for a formula."""
+    return name.replace("$", r"\$")
 
 
 _KINDS = {
