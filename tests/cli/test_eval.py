@@ -93,7 +93,7 @@ def test_report(runner, arguments, tmp_path):
     assert result.exit_code == 0, result.stderr
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "w_mxfp4_a_mxfp4" in page
-    assert len(list(tmp_path.glob("out-*.png"))) == page.count("<img ") == 5
+    assert len(list(tmp_path.glob("out-*.png"))) == page.count('<img class="light"') == 5
     assert "out.html, and 5 pictures" in result.stderr
     assert re.search(r"^\| w_mxfp4_a_mxfp4 \| 1 +\| +\d+\.\d\d \| ", result.stdout, re.MULTILINE)
     assert "accumulated, with everything quantised" in result.stdout

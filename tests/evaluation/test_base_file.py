@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from mxperts.errors import ArgumentError, CheckpointError
-from mxperts.evaluation import BaseFile, Windows, evaluate, evaluate_base
+from mxperts.evaluation import BaseFile, Windows, environment, evaluate, evaluate_base
 
 
 @pytest.fixture
@@ -25,6 +25,8 @@ def test_a_stored_base_compares_as_the_one_that_was_run(file, base_model, other_
     loaded, again = file.load(windows, name="bf16")
     assert without_speed(loaded) == without_speed(first)
     assert loaded.seconds is loaded.tokens_per_second is None
+    assert again.environment["versions"] == environment()["versions"]
+    assert base.environment is None
     found, expected = (evaluate(other_model, windows, b, name="other") for b in (again, base))
     assert repr(without_speed(found)) == repr(without_speed(expected))  # repr: the errors of extremes are NaN
 

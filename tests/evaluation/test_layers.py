@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import mxperts as mx
 from mxperts.errors import ArgumentError
@@ -130,6 +131,32 @@ def test_quantised_linear_layers_are_parts_of_their_own(base_model, windows, tmp
     assert part.accumulated > part.own
 
 
+def test_transposed_weights_and_biases_count(windows, tmp_path):
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = GptOssConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2)
+    base = GptOssForCausalLM(config).to(torch.bfloat16).eval()
+    (name,) = experts_modules(base)
+    module = base.get_submodule(name)
+    for bias in (module.gate_up_proj_bias, module.down_proj_bias):
+        torch.nn.init.normal_(bias)
+    base.save_pretrained(tmp_path)
+    packed = mx.load(tmp_path, scheme="w_mxfp4").eval()
+    (found,) = (p.own for p in layer_errors(base, packed, windows, batch_size=3).parts if p.part == "gate_up_proj")
+    weight = module.gate_up_proj.detach()  # [E, H, 2I]
+    rounded = mx.fake_quantize(weight.mT.contiguous(), "mxfp4", role="weight").mT
+    pairs = []
+    for args, kwargs, _ in Tape(base, [name], windows).calls[name]:
+        x, index = (*args, *kwargs.values())[:2]
+        for token in range(len(x)):
+            for expert in index[token].tolist():
+                bias = module.gate_up_proj_bias[expert].double()
+                pairs.append([(x[token].double() @ w[expert].double() + bias).bfloat16() for w in (weight, rounded)])
+    assert found == pytest.approx(relative(pairs), rel=1e-4)
+    assert {p.own for p in layer_errors(packed, copy.deepcopy(packed), windows).parts} == {0.0}
+
+
 def test_hooks_are_removed(base_model, other_model, errors):
     for model in (base_model, other_model):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -140,3 +167,6 @@ def test_other_layers_and_training_are_refused(base_model, make_model, windows):
         layer_errors(base_model, make_model(num_hidden_layers=1), windows)
     with pytest.raises(ArgumentError, match="training mode"):
         layer_errors(base_model, copy.deepcopy(base_model).train(), windows)
+    dense = nn.Module()  # without experts, and nothing packed
+    with pytest.raises(ArgumentError, match="no layers to compare"):
+        layer_errors(dense.eval(), copy.deepcopy(dense), windows)

@@ -73,6 +73,7 @@ class BaseFile:
             answers=_answers(tensors, found["vocabulary"]),
             choices={key.removeprefix(_CHOICES): t for key, t in tensors.items() if key.startswith(_CHOICES)},
             values=Size(**found["values"]),
+            environment=found["environment"],
         )
         row = dict(found["evaluation"])
         row |= {"perplexity": Estimate(*row["perplexity"]), "size": Size(**row["size"])}

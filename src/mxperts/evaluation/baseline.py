@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,12 +23,14 @@ class Baseline:
         answers: its distribution of every scored token: all of it, or the most likely tokens.
         choices: of every router, for every token.
         values: number of weights, in the experts and in the whole model.
+        environment: where they were stored, if they come from a file.
     """
 
     text_hash: str
     answers: LogitStore | TopStore
     choices: Choices = field(repr=False)
     values: Size
+    environment: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def rest_mass(self) -> tuple[float, float]:

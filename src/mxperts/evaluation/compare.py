@@ -58,7 +58,7 @@ def compare(
         progress(done)
     if base is None:
         raise ArgumentError("there is no model to evaluate")
-    text = {
+    text: dict[str, Any] = {
         "tokens": windows.scored,
         "context": windows.context,
         "stride": windows.stride,
@@ -67,4 +67,6 @@ def compare(
         "base_top_k": 0 if isinstance(base.answers, LogitStore) else base.answers.ids.shape[1],
         "base_rest_mass": {"mean": base.rest_mass[0], "max": base.rest_mass[1]},
     }
+    if base.environment is not None:
+        text["base_environment"] = base.environment
     return Report(base=rows[0], others=rows[1:], conditions={**(conditions or {}), **text, **environment()})

@@ -86,7 +86,7 @@ def layer_errors(
         progress: called with windows done and in total; every window counts twice, as it is run twice.
 
     Raises:
-        ArgumentError: the models do not have the same layers, or one is in training mode.
+        ArgumentError: the models do not have the same layers, or none to compare, or one is in training mode.
     """
     if base.training or model.training:
         raise ArgumentError("the model is in training mode, where dropout is random; call model.eval() first")
@@ -156,6 +156,8 @@ def _parts(base: nn.Module, model: nn.Module) -> list[tuple[str, str]]:
     found = [(name, name.rpartition(".")[2]) for name in linears]
     found += [(name, part) for name, module in experts.items() for part in (up_projection(module), "down_proj")]
     found += [(name, EXPERTS) for name in experts] + [(name, LAYER) for name in decoder_layers]
+    if not found:
+        raise ArgumentError("neither model has experts or quantised linear layers, so there are no layers to compare")
     return sorted(found, key=lambda part: (_number(part[0]) is None, _number(part[0]) or 0))
 
 

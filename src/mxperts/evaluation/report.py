@@ -63,13 +63,12 @@ class Report:
         """What the columns mean, to print below the table."""
         if not self.others:
             return ""
-        top_k = self.conditions.get("base_top_k")
-        if not top_k:
+        rest = self.conditions.get("base_rest_mass", {}).get("mean")
+        if not rest:
             return NOTE
-        rest = 100 * self.conditions["base_rest_mass"]["mean"]
         return (
-            f"{NOTE} KLD is a lower bound: of the first row's distributions the {top_k} most likely tokens are known, "
-            f"and {rest:.3g} % of the probability, on average, as one number."
+            f"{NOTE} KLD is a lower bound: of the first row's distributions the {self.conditions['base_top_k']} most "
+            f"likely tokens are known, and {100 * rest:.3g} % of the probability, on average, as one number."
         )
 
     def records(self) -> list[dict[str, Any]]:
