@@ -19,6 +19,13 @@ def test_a_copy_is_the_same_model(folder, tmp_path):
     assert model_digest(tmp_path / "copy") == model_digest(str(folder))
 
 
+def test_a_model_on_the_hub_is_brought_here(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(name) or folder)
+    assert model_digest("who/what") == model_digest(folder)
+    assert asked == ["who/what"]
+
+
 def test_another_config_or_weight_is_another_model(folder):
     before = model_digest(folder)
     file = folder / "model.safetensors"

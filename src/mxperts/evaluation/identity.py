@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from mxperts.checkpoint import Checkpoint
-from mxperts.checkpoint.reader import CONFIG
+from mxperts.checkpoint.reader import CONFIG, INDEX
 
 SAMPLES, SAMPLE = 256, 4096
 """How many pieces of every file are looked at, and their bytes."""
@@ -17,16 +17,16 @@ def model_digest(path_or_id: str | Path) -> str:
     samples, one MiB in all; files of up to that size are read whole.
 
     Args:
-        path_or_id: a folder, or the id of a model on the hub whose files are in the cache.
+        path_or_id: a folder, or the id of a model on the hub, which is downloaded if it is not in the cache.
 
     Raises:
         CheckpointError: the folder is no checkpoint.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
-        from transformers.utils import cached_file
+        from huggingface_hub import snapshot_download
 
-        folder = Path(cached_file(str(path_or_id), CONFIG)).parent
+        folder = Path(snapshot_download(str(path_or_id), allow_patterns=[CONFIG, "*.safetensors", INDEX]))
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     for file in sorted(Checkpoint.open(folder).files):
         size = file.stat().st_size
