@@ -13,6 +13,7 @@ projections have no accumulated error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -124,9 +125,9 @@ class _Error:
     @property
     def error(self) -> float | None:
         """The relative error; None if nothing was compared."""
-        if self.reference:
-            return float((self.difference / self.reference) ** 0.5)
-        return self.reference if self.reference is None or self.difference == 0 else float("nan")
+        if self.reference == 0:
+            return math.nan if self.difference else 0.0
+        return None if self.reference is None else math.sqrt(self.difference / self.reference)
 
 
 class _Sums:
@@ -181,7 +182,7 @@ def _projections(base: nn.Module, model: nn.Module, ids: Tensor, sums: _Parts) -
     with ExitStack() as hooks:
         for name, module in experts_modules(base).items():
             hook = partial(_compare_projections, name, theirs[name], sums)
-            hooks.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         base(input_ids=ids, use_cache=False)
 
 
@@ -211,12 +212,12 @@ def _layers(base: nn.Module, model: nn.Module, ids: Tensor, sums: _Parts) -> Non
         for name, found in compared.items():
             hook = partial(_compare_own, model.get_submodule(name), found.own, outputs[name])
             handle = base.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-            hooks.enter_context(_removing(handle))
+            hooks.callback(handle.remove)
         base(input_ids=ids, use_cache=False)
     with ExitStack() as hooks:
         for name, found in compared.items():
             hook = partial(_compare_accumulated, found.accumulated, outputs[name])
-            hooks.enter_context(_removing(model.get_submodule(name).register_forward_hook(hook)))
+            hooks.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         model(input_ids=ids, use_cache=False)
 
 
@@ -246,16 +247,3 @@ def _first(output: Any) -> Tensor:
     """The hidden states among what a module returns."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-class _removing:
-    """A hook for as long as a context is open."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.remove()

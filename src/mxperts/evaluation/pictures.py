@@ -91,7 +91,7 @@ def pictures(report: Report) -> Iterator[Picture]:
             name="histogram",
             title="Divergence, token by token",
             caption="Share of tokens by their KL divergence, on a logarithmic axis: thick line the mean, thin line the "
-            "99th percentile.",
+            "99th percentile. What is far below the first percentile is left out.",
             alt="A histogram of KL divergence for each model; the table of percentiles has the numbers.",
             height=1.2 + 0.55 * len(compared),
             draw=lambda figure: _draw_histograms(figure, compared),
@@ -106,16 +106,17 @@ def pictures(report: Report) -> Iterator[Picture]:
             height=1.4 + 0.35 * len(routed),
             draw=lambda figure: _draw_routers(figure, routed),
         )
-    if report.layers:
-        rows = sum(len(_part_names(found)) for found in report.layers)
+    layers = [found for found in report.layers if _part_names(found)]
+    if layers:
+        rows = sum(len(_part_names(found)) for found in layers)
         yield Picture(
             name="layers",
             title="Error by layer and projection",
             caption="Relative error of each part's output, in percent. Left: given the base's input, so that errors do "
             "not add up. Right: with everything quantised.",
             alt="Maps of relative error, parts by layers, for each model; the table below has the numbers.",
-            height=1.0 + 0.32 * rows + 0.75 * len(report.layers),
-            draw=lambda figure: _draw_layers(figure, report.layers),
+            height=1.0 + 0.32 * rows + 0.75 * len(layers),
+            draw=lambda figure: _draw_layers(figure, layers),
         )
     if report.base.load:
         yield Picture(
@@ -131,9 +132,6 @@ def pictures(report: Report) -> Iterator[Picture]:
 
 def _draw_histograms(figure: Any, compared: Sequence[tuple[Evaluation, Divergence]]) -> None:
     all_axes = figure.subplots(len(compared), sharex=True, squeeze=False)[:, 0]
-    used = [
-        edge for _, d in compared for edge, n in zip(d.kl_histogram.edges, d.kl_histogram.counts, strict=False) if n
-    ]
     for axes, (e, d) in zip(all_axes, compared, strict=True):
         shares = [n / e.tokens for n in d.kl_histogram.counts]
         axes.stairs(shares, d.kl_histogram.edges, fill=True, color="tab:blue", alpha=0.75)
@@ -144,8 +142,8 @@ def _draw_histograms(figure: Any, compared: Sequence[tuple[Evaluation, Divergenc
         axes.spines[["top", "left", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
     all_axes[0].set_xscale("log")
-    if used:
-        all_axes[0].set_xlim(min(used) / 2, max(used) * 4)
+    lows, highs = ([p for _, d in compared if (p := d.kl_percentiles[q].value) > 0] for q in (1.0, 100.0))
+    all_axes[0].set_xlim(min(lows, default=min(highs)) / 5, 2 * max(highs))
     all_axes[-1].set_xlabel("KL divergence from the base, nats a token")
 
 
@@ -180,7 +178,8 @@ def _draw_layers(figure: Any, layers: Sequence[LayerErrors]) -> None:
             percent = [[float("nan") if not v else 100 * v for v in row] for row in cells]
             shown = _map(axes, percent, parts, [str(n) for n in numbers], digits=1, norm=norm, columns=_FEW // 2)
             axes.set_title(f"{label(found.name)}: {title}", fontsize=10)
-    figure.colorbar(shown, ax=grid, label="relative error, %", fraction=0.03)
+    bar = {"location": "top", "fraction": 0.2 / figure.get_figheight(), "shrink": 0.5, "aspect": 40}
+    figure.colorbar(shown, ax=grid, label="relative error, %", **bar)
     figure.supxlabel("decoder layer", fontsize=10)
 
 
