@@ -45,13 +45,13 @@ def test_interruption_exits_with_130(runner, monkeypatch):
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mxperts.cli.eval.parse", interrupt)
+    monkeypatch.setattr("mxperts.cli.compared.parse", interrupt)
     assert runner.invoke(app, ["eval", "--schemes", "all"]).exit_code == 130
 
 
 def test_unforeseen_errors_are_one_message_too(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["mxperts", "eval", "--schemes", "all"])
-    monkeypatch.setattr("mxperts.cli.eval.parse", lambda text: 1 / 0)
+    monkeypatch.setattr("mxperts.cli.compared.parse", lambda text: 1 / 0)
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 1

@@ -38,7 +38,8 @@ def test_equal_logits_do_not_diverge_at_all(dtype):
     logits = random_logits(3).to(dtype)
     divergence = Divergence.of(TokenMetrics.of(logits, logits.clone(), TARGETS))
     assert divergence.kl.value == divergence.kl.stderr == 0.0
-    assert set(divergence.kl_percentiles.values()) == {0.0}
+    assert {p.value for p in divergence.kl_percentiles.values()} == {0.0}
+    assert divergence.kl_histogram.below == 5
     assert divergence.ln_ratio.value == divergence.delta_p.value == divergence.rms_delta_p.value == 0.0
     assert divergence.same_top.value == 1.0
 
@@ -78,8 +79,8 @@ def test_aggregates():
     divergence = Divergence.of(metrics)
     kl = sorted(metrics.kl.tolist())
     assert divergence.kl.value == pytest.approx(sum(kl) / 5)
-    assert divergence.kl_percentiles[50.0] == kl[2]
-    assert divergence.kl_percentiles[100.0] == kl[4]
+    assert divergence.kl_percentiles[50.0].value == kl[2]
+    assert divergence.kl_percentiles[100.0].value == kl[4]
     # Linear interpolation: 90 % of the way through four gaps is 0.6 of the way from the fourth to the fifth.
-    assert divergence.kl_percentiles[90.0] == pytest.approx(kl[3] + 0.6 * (kl[4] - kl[3]))
+    assert divergence.kl_percentiles[90.0].value == pytest.approx(kl[3] + 0.6 * (kl[4] - kl[3]))
     assert divergence.ln_ratio.value == pytest.approx((metrics.nll - metrics.base_nll).mean().item())

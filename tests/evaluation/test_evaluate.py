@@ -1,12 +1,13 @@
 import copy
 import math
+import sys
 
 import pytest
 import torch
 
 from mxperts.errors import ArgumentError
 from mxperts.evaluation import Windows, evaluate, evaluate_base
-from mxperts.evaluation.baseline import LogitStore
+from mxperts.evaluation.logits import LogitStore
 from mxperts.evaluation.router import experts_modules
 
 
@@ -49,7 +50,7 @@ def test_divergence_is_its_definition(base_model, other_model, windows):
         sum(math.exp(p) * (p - q) for p, q in zip(ps, qs, strict=True)) for ps, qs in zip(p_rows, q_rows, strict=True)
     ]
     assert evaluation.divergence.kl.value == pytest.approx(sum(kl) / len(kl), rel=1e-4)
-    assert evaluation.divergence.kl_percentiles[100.0] == pytest.approx(max(kl), rel=1e-4)
+    assert evaluation.divergence.kl_percentiles[100.0].value == pytest.approx(max(kl), rel=1e-4)
     assert 0 < evaluation.mean_router_agreement < 1
 
 
@@ -71,8 +72,9 @@ def test_logits_beyond_the_limit_go_to_a_file_and_come_back_exactly():
     logits = torch.randn(6, 5).to(torch.bfloat16)
     store = LogitStore(6, 5, torch.bfloat16, memory_limit=10)
     assert not store.in_memory
-    store[slice(0, 4)], store[slice(4, 6)] = logits[:4], logits[4:]
-    assert torch.equal(store[slice(0, 6)], logits)
+    store.keep(slice(0, 4), logits[:4], torch.zeros(4, dtype=torch.int64))
+    store.keep(slice(4, 6), logits[4:], torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(store.logits, logits)
     assert LogitStore(6, 5, torch.bfloat16).in_memory
 
 
@@ -97,3 +99,34 @@ def test_other_layers_are_refused(base_model, make_model, windows):
 def test_training_mode_is_refused(base_model, windows):
     with pytest.raises(ArgumentError, match="training mode"):
         evaluate_base(copy.deepcopy(base_model).train(), windows)
+
+
+def test_tokens_of_experts_are_counted(base_model, windows):
+    evaluation, base = evaluate_base(base_model, windows)
+    for name, index in base.choices.items():
+        assert evaluation.load[name] == [(index == expert).sum().item() for expert in range(8)]
+    never = {name: [e for e, tokens in enumerate(load) if not tokens] for name, load in evaluation.load.items()}
+    assert evaluation.dead_experts == {name: experts for name, experts in never.items() if experts}
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_an_error_that_says_where(base_model, windows, number):
+    def damage(module, args, kwargs, output):
+        row = (kwargs["input_ids"] == windows.ids[5]).all(-1)
+        output.logits[row, 17, 3] = number
+
+    _, base = evaluate_base(base_model, windows)
+    model = copy.deepcopy(base_model)
+    model.register_forward_hook(damage, with_kwargs=True)
+    message = "broken: its logits are NaN or infinite in window 5 after position 17"
+    with pytest.raises(ArgumentError, match=message):
+        evaluate_base(model, windows, name="broken", batch_size=2)
+    with pytest.raises(ArgumentError, match=message):
+        evaluate(model, windows, base, name="broken")
+
+
+def test_what_is_compared_at_a_time_does_not_matter(base_model, other_model, windows, monkeypatch):
+    whole = evaluate(other_model, windows, evaluate_base(base_model, windows)[1])
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "_CHUNK", 97 * 5)
+    few = evaluate(other_model, windows, evaluate_base(base_model, windows)[1])
+    assert (few.divergence.kl, few.worst, few.perplexity) == (whole.divergence.kl, whole.worst, whole.perplexity)

@@ -44,3 +44,8 @@ def test_agreement_counts_common_experts_in_any_order():
 def test_other_layers_cannot_be_compared():
     with pytest.raises(ArgumentError, match="same MoE layers"):
         router.agreement({"a": torch.zeros(3, 2)}, {"b": torch.zeros(3, 2)})
+
+
+def test_load_counts_the_tokens_of_every_expert():
+    found = router.load({"a": torch.tensor([[0, 1], [1, 3], [1, 0]], dtype=torch.int16)}, {"a": 5})
+    assert found == {"a": [2, 3, 0, 1, 0]}

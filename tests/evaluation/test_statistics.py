@@ -4,7 +4,7 @@ import statistics
 import pytest
 import torch
 
-from mxperts.evaluation.statistics import mean, perplexity, root_mean_square, share
+from mxperts.evaluation.statistics import Histogram, mean, percentile, perplexity, root_mean_square, share
 
 SAMPLES = [0.3, 1.7, -0.4, 2.2, 0.9]
 
@@ -52,3 +52,28 @@ def test_standard_error_of_a_share():
     estimate = share(torch.tensor([True, True, False, True]))
     assert estimate.value == 0.75
     assert estimate.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+
+
+def test_percentiles_are_linearly_interpolated():
+    four = torch.tensor([5.0, 1.0, 2.0, 4.0], dtype=torch.float64)
+    assert percentile(four, 0.0).value == 1.0
+    assert percentile(four, 50.0).value == 3.0
+    assert percentile(four, 100.0).value == 5.0
+    assert math.isnan(percentile(four, 0.0).stderr)
+    assert math.isnan(percentile(four, 100.0).stderr)
+
+
+def test_the_error_of_a_percentile_is_that_of_many_draws():
+    """The 90th percentile of 400 uniform numbers is off by sqrt(0.9 · 0.1 / 400) = 0.015."""
+    draws = torch.rand(300, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = [percentile(draw, 90.0) for draw in draws]
+    spread = torch.tensor([e.value for e in found]).std().item()
+    assert spread == pytest.approx(0.015, rel=0.15)
+    assert sum(e.stderr for e in found) / len(found) == pytest.approx(0.015, rel=0.15)
+
+
+def test_a_histogram_counts_every_number_once():
+    numbers = torch.tensor([0.0, 1e-3, 0.01, 0.02, 0.09, 0.1, 0.5, 1.0, 70.0, math.nan], dtype=torch.float64)
+    histogram = Histogram.of(numbers, decades=(-2, 0), a_decade=1)
+    assert histogram.edges == (0.01, 0.1, 1.0)
+    assert (histogram.below, histogram.counts, histogram.above) == (2, (3, 2), 2)

@@ -77,7 +77,7 @@ def _options(
 app.command(epilog='Example: mxperts generate --prompt "KING RICHARD." --scheme w4a16 --max-new-tokens 60')(generate)
 app.command(epilog="Example: mxperts chat my-mxfp4 --system 'Answer in one sentence.'")(chat)
 app.command(cls=ServeCommand, epilog="Example: mxperts serve my-mxfp4 --port 8080 --continuous-batching")(serve)
-app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tokens 4096 --plot kl.png")(evaluate)
+app.command("eval", epilog="Example: mxperts eval --schemes w4a16,w4a4 --max-tokens 4096 --report out.html")(evaluate)
 app.command(epilog="Example: mxperts quantize path/to/model my-mxfp4 --scheme w_mxfp4_a_mxfp4")(quantize)
 app.command(epilog="Example: mxperts convert my-mxfp4 my-mxfp4-ct --format compressed-tensors")(convert)
 app.command(epilog="Example: mxperts inspect my-mxfp4 --deep")(inspect)

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mxperts import models
-from mxperts.cli import processes
+from mxperts.cli import compared, processes
 from mxperts.cli.options import (
-    SHIPPED,
     BackendOption,
     DeviceOption,
     DtypeOption,
     OutputOption,
     ThreadsOption,
     TrustRemoteCodeOption,
-    context_limit,
-    load_model,
     load_tokenizer,
-    resolve_model,
     use_threads,
 )
-from mxperts.cli.output import Table, say, show
+from mxperts.cli.output import Output, Table, say, show
+from mxperts.errors import ArgumentError
 from mxperts.evaluation import (
     Evaluation,
     Report,
     TaskEvaluation,
     TaskReport,
-    Windows,
     compare,
     compare_on_tasks,
     plot,
+    write_report,
 )
-from mxperts.evaluation.plot import drawing
-from mxperts.evaluation.schemes import parse
-from mxperts.formats import Scheme
+from mxperts.evaluation.page import check_report_file
+from mxperts.evaluation.report import LAYER_NOTE
 from mxperts.integrations.lm_eval import Harness
 
-TEXT_OPTIONS = ("text", "max_tokens", "context", "stride", "plot_file")
+TEXT_OPTIONS = ("text", "max_tokens", "context", "stride", "plot_file", "report_file", "base_logits", "layers")
 TASK_OPTIONS = ("include_path", "limit", "num_fewshot", "apply_chat_template")
+TOP_K = 256
+"""Most likely tokens that a file of the base's answers keeps, unless told otherwise."""
 
 
 def evaluate(
@@ -50,16 +48,19 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[MODELS]...",
-            help="Folders or hub ids; the first is the base that the others are compared with. "
+            help="Folders or hub ids; without --base, the first is the base that the others are compared with. "
             "Default, or the word 'shipped': the model that comes with mxperts.",
             show_default=False,
         ),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model that all others are compared with.", show_default=False)
+    ] = None,
     schemes: Annotated[
         str | None,
         typer.Option(
-            help="Compare one unquantised model with itself in these schemes, quantised on the fly: names separated by "
-            "commas, 'common' (17 of them) or 'all' (48; not static fp8, which needs calibrated scales)."
+            help="Compare the base, unquantised, with itself in these schemes, quantised on the fly: names separated "
+            "by commas, 'common' (17 of them) or 'all' (48; not static fp8, which needs calibrated scales)."
         ),
     ] = None,
     text: Annotated[
@@ -72,6 +73,40 @@ def evaluate(
     context: Annotated[int, typer.Option(min=2, help="Tokens in a window, at most what the model allows.")] = 512,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens from window to window; default: as many as a window has.")
+    ] = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="HTML",
+            help="Write one self-contained page with all figures, pictures and the worst tokens, and the pictures as "
+            "PNG files beside it; old ones are replaced. Needs matplotlib: pip install 'mxperts\\[plot]'.",
+        ),
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Also measure the error of every layer and projection, by itself and accumulated; --output csv then "
+            "prints these. Takes the base and one model in memory at a time.",
+        ),
+    ] = False,
+    base_logits: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="A file for the base's answers: written if it does not exist, else read, if it is of this base and "
+            "text, instead of running the base.",
+        ),
+    ] = None,
+    base_top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --base-logits, most likely tokens to keep of every distribution beside the mass of the rest, "
+            f"which makes KL divergences lower bounds; 0: all. Default: {TOP_K}, or what the file has.",
+            show_default=False,
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -111,36 +146,31 @@ def evaluate(
         if ctx.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
             option = f"--{name.removesuffix('_file').replace('_', '-')}"
             raise typer.BadParameter(f"goes {'with' if tasks is None else 'without'} --tasks only", param_hint=option)
+    if base_top_k is not None and base_logits is None:
+        raise typer.BadParameter("goes with --base-logits only", param_hint="--base-top-k")
+    if layers and processes.count() > 1:
+        raise ArgumentError("--layers runs in one process; leave it out, or start the command without torchrun")
     use_threads(threads)
-    if plot_file is not None:
-        drawing()
-    chosen: Sequence[Scheme] = parse(schemes) if schemes is not None else ()
-    paths = [resolve_model(m) for m in models_ or [SHIPPED]]
-    if chosen and len(paths) > 1:
-        raise typer.BadParameter(f"takes one model, not {len(paths)}", param_hint="--schemes")
-    if tasks is None and text is None and not models.is_shipped(paths[0]):
-        raise typer.BadParameter("is required unless the model is the shipped one", param_hint="--text")
-    wanted: list[tuple[str, str, str | None]] = [
-        *((path_name(path), path, None) for path in paths),
-        *((scheme.name, paths[0], scheme.name) for scheme in chosen),
-    ]
+    for picture in (plot_file, report_file):
+        if picture is not None:
+            check_report_file(picture)
+    wanted = compared.wanted(base, models_ or [], schemes)
+    if layers and len(wanted) == 1:
+        raise typer.BadParameter("compares models with the base; name one, or --schemes", param_hint="--layers")
+    if tasks is None and text is None and not models.is_shipped(wanted[0].path):
+        raise typer.BadParameter("is required unless the base is the shipped model", param_hint="--text")
     options: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
         "backend": backend,
         "trust_remote_code": trust_remote_code,
     }
-    progress = Progress(len(wanted))
-    report: Report | TaskReport
+    conditions = {"models": list(dict.fromkeys(row.path for row in wanted)), **options}
     if tasks is not None:
-        report = compare_on_tasks(
+        found = compare_on_tasks(
             (
-                (
-                    name,
-                    load_model(path, scheme=scheme, **options),
-                    load_tokenizer(path, trust_remote_code=trust_remote_code),
-                )
-                for name, path, scheme in wanted
+                (row.name, row.load(options), load_tokenizer(row.path, trust_remote_code=trust_remote_code))
+                for row in wanted
             ),
             Harness(
                 [task.strip() for task in tasks.split(",")],
@@ -150,35 +180,64 @@ def evaluate(
                 batch_size=batch_size,
                 apply_chat_template=apply_chat_template,
             ),
-            conditions={"models": paths, **options},
-            progress=progress,
+            conditions=conditions,
+            progress=Progress(len(wanted)),
         )
-    else:
-        text = text or models.heldout()
-        windows = Windows.of_text(
-            text.read_text(encoding="utf-8"),
-            load_tokenizer(paths[0], trust_remote_code=trust_remote_code),
-            context=min(context, context_limit(paths[0], trust_remote_code=trust_remote_code)),
-            stride=stride,
-            max_tokens=max_tokens or None,
-        )
-        report = compare(
-            ((name, load_model(path, scheme=scheme, **options)) for name, path, scheme in wanted),
-            windows,
-            batch_size=batch_size,
-            conditions={"models": paths, "text": str(text), **options},
-            progress=progress,
-        )
-    header, rows = report.table()
-    show(
-        Table(header=header, rows=rows, left=report.LEFT, note=report.note),
-        records=report.records(),
-        document=report.document(),
-        output=output,
+        _show(found, output)
+        return
+
+    text = text or models.heldout()
+    windows = compared.windows(
+        text, wanted, context=context, stride=stride, max_tokens=max_tokens, trust_remote_code=trust_remote_code
     )
-    if plot_file is not None and isinstance(report, Report) and processes.number() == 0:
-        plot(report, plot_file)
-        say(f"drawn: {plot_file}")
+    stored, file = None, None
+    if base_logits is not None:
+        file = compared.base_file(base_logits, wanted[0], base_top_k, options)
+        stored = file.load(windows, name=wanted[0].name)
+        conditions["base_logits"] = str(base_logits)
+        if stored is not None:
+            say(f"{wanted[0].name}: not run, its answers are in {base_logits}")
+    to_run = wanted if stored is None else wanted[1:]
+
+    def keep(evaluation: Any, baseline: Any) -> None:
+        if file is not None and processes.number() == 0:
+            file.save(evaluation, baseline, windows)
+            say(f"written: {base_logits}, {file.path.stat().st_size / 1e6:.1f} MB")
+
+    report = compare(
+        ((row.name, row.load(options)) for row in to_run),
+        windows,
+        batch_size=batch_size,
+        stored=stored,
+        keep=keep,
+        top_k=0 if file is None else TOP_K if base_top_k is None else base_top_k,
+        conditions={"text": str(text), **conditions},
+        progress=Progress(len(to_run)),
+    )
+    if layers:
+        report = dataclasses.replace(report, layers=compared.layers(wanted, report, windows, batch_size, options))
+    _show(report, output)
+    if processes.number() == 0:
+        if plot_file is not None:
+            plot(report, plot_file)
+            say(f"drawn: {plot_file}")
+        if report_file is not None:
+            page, *pictures = write_report(report, report_file)
+            say(f"written: {page}, and {len(pictures)} pictures {page.stem}-*.png beside it")
+
+
+def _show(report: Report | TaskReport, output: Output | None) -> None:
+    """Print the table, and that of the layers if there is one."""
+    header, rows = report.table()
+    layers = report.layers if isinstance(report, Report) else ()
+    table = Table(header=header, rows=rows, left=report.LEFT, note=report.note)
+    records = report.layer_records() if isinstance(report, Report) and layers else report.records()
+    show(table, records=records, document=report.document(), output=output)
+    if isinstance(report, Report) and layers and output in (None, Output.MD):
+        header, rows = report.layer_table()
+        print()
+        table = Table(header=header, rows=rows, left=2, note=LAYER_NOTE)
+        show(table, records=(), document={}, output=output)
 
 
 class Progress:
@@ -190,8 +249,3 @@ class Progress:
     def __call__(self, evaluation: Evaluation | TaskEvaluation) -> None:
         self.done += 1
         say(f"[{self.done}/{self.total}] {evaluation.name}: {evaluation.summary()}, {evaluation.seconds:.1f} s")
-
-
-def path_name(path: str) -> str:
-    """What the report calls a model: a folder's own name, or the hub id."""
-    return Path(path).resolve().name if Path(path).exists() else path

@@ -90,11 +90,16 @@ def load_tokenizer(model: str, *, trust_remote_code: bool, chat_template: Path |
     return tokenizer
 
 
-def context_limit(path: str, *, trust_remote_code: bool) -> int:
-    """Tokens that a model can see at once, as its configuration says; 2^31 where it says nothing."""
+def read_config(path: str, *, trust_remote_code: bool) -> Any:
+    """The configuration of a resolved model."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def context_limit(path: str, *, trust_remote_code: bool) -> int:
+    """Tokens that a model can see at once, as its configuration says; 2^31 where it says nothing."""
+    config = read_config(path, trust_remote_code=trust_remote_code).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mxperts.evaluation.statistics import Estimate, mean, root_mean_square, share
+from mxperts.evaluation.statistics import Estimate, Histogram, mean, percentile, root_mean_square, share
 
-PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
+PERCENTILES = (1.0, 5.0, 10.0, 50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 """Of the KL divergence; the last is its maximum."""
+DELTA_P_PERCENTILES = (0.0, 0.1, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 100.0)
+"""Of Δp; the first is its minimum, the last its maximum."""
+DECADES = (-8, 2)
+"""Powers of ten between which KL divergences are counted in bins."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,27 +82,32 @@ class Divergence:
         ln_ratio: ln(PPL / PPL of the base).
         kl: mean KL divergence, in nats.
         kl_percentiles: KL divergence by percentile, linearly interpolated; 100 is the maximum.
+        kl_histogram: how many tokens have how much, four bins a decade.
         delta_p, rms_delta_p: mean and root mean square of Δp, as probabilities (0 … 1, not percent).
+        delta_p_percentiles: Δp by percentile; 0 is the minimum, 100 the maximum.
         same_top: share of tokens with the same top-1.
     """
 
     ln_ratio: Estimate
     kl: Estimate
-    kl_percentiles: dict[float, float]
+    kl_percentiles: dict[float, Estimate]
+    kl_histogram: Histogram
     delta_p: Estimate
     rms_delta_p: Estimate
+    delta_p_percentiles: dict[float, Estimate]
     same_top: Estimate
 
     @classmethod
     def of(cls, tokens: TokenMetrics) -> Divergence:
         """Aggregate over tokens."""
-        percentiles = np.percentile(tokens.kl.numpy(), PERCENTILES)
         return cls(
             ln_ratio=mean(tokens.nll - tokens.base_nll),
             kl=mean(tokens.kl),
-            kl_percentiles=dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
+            kl_percentiles={p: percentile(tokens.kl, p) for p in PERCENTILES},
+            kl_histogram=Histogram.of(tokens.kl, decades=DECADES, a_decade=4),
             delta_p=mean(tokens.delta_p),
             rms_delta_p=root_mean_square(tokens.delta_p),
+            delta_p_percentiles={p: percentile(tokens.delta_p, p) for p in DELTA_P_PERCENTILES},
             same_top=share(tokens.same_top),
         )
 

@@ -1,4 +1,4 @@
-"""The figure: KL divergence against bits a weight."""
+"""KL divergence against bits a weight: what a scheme costs, and what it buys."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mxperts.errors import MxpertsError
+from mxperts.errors import FormatError, MxpertsError
 from mxperts.evaluation.report import Report
+from mxperts.formats import Scheme
 
+SIZE = (11, 7)
+"""Of the figure, in inches."""
 _LINES = 40
 """Labels that fit above each other."""
 
@@ -25,33 +28,41 @@ def plot(report: Report, file: str | Path) -> None:
     Raises:
         MxpertsError: matplotlib is not installed, or there is nothing to draw.
     """
-    figure_class = drawing()
+    figure = drawing()(figsize=SIZE, layout="constrained")
+    draw_divergence(figure, report)
+    figure.savefig(file, dpi=150)
+
+
+def draw_divergence(figure: Any, report: Report) -> None:
+    """What ``plot`` draws, on a figure of matplotlib.
+
+    Raises:
+        MxpertsError: there is nothing to draw.
+    """
     compared = [(e, e.divergence.kl) for e in report.rows if e.divergence is not None]
     drawn = [(e, kl) for e, kl in compared if kl.value > 0]
     if not drawn:
         raise MxpertsError("nothing to draw: no model differs from the base")
     left_out = f", {len(compared) - len(drawn)} equal to it left out" if len(drawn) < len(compared) else ""
 
-    figure = figure_class(figsize=(11, 7), layout="constrained")
     axes = figure.add_subplot()
-    for marker, colour, label, weight_only in (
-        ("o", "tab:blue", "weights alone", True),
-        ("s", "tab:orange", "weights and activations", False),
-    ):
-        series = [(e.expert_bits, kl) for e, kl in drawn if ("a_" not in e.name) is weight_only]
+    front = _front([(e.expert_bits, kl.value) for e, kl in drawn])
+    axes.plot(*zip(*front, strict=True), color="tab:green", linewidth=6, alpha=0.3, label="none better at fewer bits")
+    for kind, (marker, colour) in _KINDS.items():
+        series = [(e.expert_bits, kl) for e, kl in drawn if _kind(e.name) == kind]
         if series:
             bits, kls = [b for b, _ in series], [kl for _, kl in series]
             values, errors = [kl.value for kl in kls], [kl.stderr for kl in kls]
-            axes.errorbar(bits, values, yerr=errors, fmt=marker, color=colour, capsize=3, markersize=5, label=label)
+            axes.errorbar(bits, values, yerr=errors, fmt=marker, color=colour, capsize=3, markersize=5, label=kind)
     heights = _label_heights([(round(e.expert_bits, 1), kl.value) for e, kl in drawn])
     for (e, kl), height in zip(drawn, heights, strict=True):
         axes.annotate(
-            e.name,
+            label(e.name),
             (e.expert_bits, kl.value),
             xytext=(e.expert_bits + 0.15, height),
             fontsize=8,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6},
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6},
         )
     all_bits = [e.expert_bits for e, _ in drawn]
     axes.set_yscale("log")
@@ -59,10 +70,39 @@ def plot(report: Report, file: str | Path) -> None:
     axes.set_ylim(min(heights) / 1.5, max(heights) * 1.5)
     axes.set_xlabel("bits a weight (experts, scales included)")
     axes.set_ylabel("KL divergence from the base, nats a token")
-    axes.set_title(f"Divergence from {report.base.name}, {report.base.tokens} tokens{left_out}")
+    axes.set_title(f"Divergence from {label(report.base.name)}, {report.base.tokens} tokens{left_out}")
     axes.grid(which="both", alpha=0.25)
     axes.legend()
-    figure.savefig(file, dpi=150)
+
+
+def label(name: str) -> str:
+    """A name as matplotlib writes it, which takes what is between dollars for a formula."""
+    return name.replace("$", r"\$")
+
+
+_KINDS = {
+    "weights alone": ("o", "tab:blue"),
+    "weights and activations": ("s", "tab:orange"),
+    "checkpoint": ("D", "tab:purple"),
+}
+"""What the rows of a report are, with marker and colour."""
+
+
+def _kind(name: str) -> str:
+    """What a row is, as far as its name tells: a scheme's name says whether activations are quantised."""
+    try:
+        return "weights alone" if Scheme(name).activation is None else "weights and activations"
+    except FormatError:
+        return "checkpoint"
+
+
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (bits, divergence) that no other beats in both."""
+    front: list[tuple[float, float]] = []
+    for bits, kl in sorted(points):
+        if not front or kl < front[-1][1]:
+            front.append((bits, kl))
+    return front
 
 
 def drawing() -> Any:

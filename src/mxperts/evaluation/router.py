@@ -16,7 +16,7 @@ Choices = dict[str, Tensor]
 """The experts of every token, by name of the experts module: int16 [tokens, k]."""
 
 
-def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+def experts_modules(model: nn.Module) -> dict[str, Any]:
     """The modules on Transformers' experts interface, by name, in the order of the layers."""
     from mxperts.integrations.transformers import is_experts  # takes seconds, which `mxperts --help` need not wait for
 
@@ -67,4 +67,17 @@ def agreement(ours: Choices, base: Choices) -> dict[str, float]:
     return {
         name: (base[name].unsqueeze(-1) == ours[name].unsqueeze(-2)).any(-1).to(torch.float64).mean().item()
         for name in base
+    }
+
+
+def load(ours: Choices, experts: Mapping[str, int]) -> dict[str, list[int]]:
+    """By layer, how many tokens each of its experts gets; all tokens of all windows count, scored or not.
+
+    Args:
+        ours: the choices.
+        experts: number of experts in each layer.
+    """
+    return {
+        name: torch.bincount(index.flatten().to(torch.int64), minlength=experts[name]).tolist()
+        for name, index in ours.items()
     }

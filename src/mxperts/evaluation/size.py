@@ -32,7 +32,7 @@ class Size:
     def of(cls, model: nn.Module) -> Size:
         """Count."""
         modules = experts_modules(model).values()
-        elsewhere = sum(_elsewhere(m) for m in modules) * (_processes(model) - 1)
+        elsewhere = sum(_elsewhere(m) for m in modules) * (processes(model) - 1)
         experts = _nbytes(t for m in modules for t in _tensors(m))
         return cls(experts=experts + elsewhere, model=_nbytes(_tensors(model)) + elsewhere)
 
@@ -51,7 +51,7 @@ def values(model: Any) -> Size:
     )
 
 
-def _processes(model: Any) -> int:
+def processes(model: Any) -> int:
     """Over how many processes the experts are spread."""
     config = getattr(model, "config", None)
     return int(getattr(getattr(config, "distributed_config", None), "ep_size", 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,3 +68,51 @@ def share(flags: Tensor) -> Estimate:
         flags: bool [n].
     """
     return mean(flags.to(torch.float64))
+
+
+def percentile(samples: Tensor, percent: float) -> Estimate:
+    """A percentile, linearly interpolated; its standard error needs no assumption on how the samples are distributed.
+
+    The share of samples below the percentile has a standard error of d = sqrt(p (1 - p) / n), and the percentile's is
+    half the distance between the percentiles p - d and p + d (Woodruff 1952).
+
+    Args:
+        samples: float64 [n].
+        percent: 0 … 100; 0 is the minimum and 100 the maximum, of which no error is known: NaN.
+    """
+    p = percent / 100
+    d = math.sqrt(p * (1 - p) / samples.numel())
+    low, value, high = np.quantile(samples.numpy(), [max(p - d, 0.0), p, min(p + d, 1.0)]).tolist()
+    return Estimate(value, (high - low) / 2 if 0 < p < 1 else math.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many samples fall where, on a logarithmic axis.
+
+    Attributes:
+        edges: of the bins, in increasing order.
+        counts: samples from each edge up to the next.
+        below, above: samples below the first edge, zeros included, and from the last edge on; NaN is in neither.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    below: int
+    above: int
+
+    @classmethod
+    def of(cls, samples: Tensor, *, decades: tuple[int, int], a_decade: int) -> Histogram:
+        """Count.
+
+        Args:
+            samples: float64 [n].
+            decades: exponents of ten of the first and the last edge.
+            a_decade: bins in every decade.
+        """
+        steps = range(decades[0] * a_decade, decades[1] * a_decade + 1)
+        edges = tuple(10 ** (step / a_decade) for step in steps)
+        values = samples.numpy()
+        places = np.searchsorted(edges, values[~np.isnan(values)], side="right")
+        counts = np.bincount(places, minlength=len(edges) + 1).tolist()
+        return cls(edges=edges, counts=tuple(counts[1:-1]), below=counts[0], above=counts[-1])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Windows:
         ids: int64 [windows, context].
         stride: tokens from the start of a window to the start of the next.
         text_hash: SHA-256 of the token ids and the windows' shape, so that results can be told to be comparable.
+        decode: makes a text of token ids; None where no tokenizer is known.
 
     A window scores its last ``stride`` tokens, so every scored token is scored once and has seen at least
     ``context - stride`` others; with ``stride == context`` the windows do not overlap, and each scores all its tokens
@@ -30,15 +31,24 @@ class Windows:
     ids: Tensor
     stride: int
     text_hash: str
+    decode: Callable[[Sequence[int]], str] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, tokens: Sequence[int], *, context: int, stride: int | None = None) -> Windows:
+    def of(
+        cls,
+        tokens: Sequence[int],
+        *,
+        context: int,
+        stride: int | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> Windows:
         """Cut tokens into windows; what does not fill the last window is left out.
 
         Args:
             tokens: of the whole text, without special tokens.
             context: tokens in a window. A text shorter than that is one shorter window.
             stride: 1 … context; default: context.
+            decode: makes a text of token ids, for reports.
 
         Raises:
             ArgumentError: a length is out of range, or there are fewer than two tokens.
@@ -53,7 +63,7 @@ class Windows:
             raise ArgumentError(f"stride must be between 1 and the context of {context} tokens, not {stride}")
         ids = torch.tensor(tokens, dtype=torch.int64).unfold(0, context, stride)
         digest = hashlib.sha256(f"{context},{stride}:".encode() + ids.contiguous().numpy().astype("<i8").tobytes())
-        return cls(ids=ids, stride=stride, text_hash=digest.hexdigest())
+        return cls(ids=ids, stride=stride, text_hash=digest.hexdigest(), decode=decode)
 
     @classmethod
     def of_text(
@@ -65,7 +75,7 @@ class Windows:
             ArgumentError: as ``of``.
         """
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return cls.of(tokens[:max_tokens], context=context, stride=stride)
+        return cls.of(tokens[:max_tokens], context=context, stride=stride, decode=tokenizer.decode)
 
     @property
     def context(self) -> int:
@@ -85,3 +95,7 @@ class Windows:
     def batches(self, size: int) -> Iterator[Tensor]:
         """The windows, ``size`` at a time: int64 [<= size, context]."""
         yield from self.ids.split(size)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What these tokens stand for; their numbers in brackets where no tokenizer is known."""
+        return "".join(f"[{i}]" for i in ids) if self.decode is None else self.decode(ids)

@@ -26,6 +26,9 @@ from mxperts.tensor import MXTensor
 ExpertsModule: TypeAlias = Any
 """A module on Transformers' experts interface, whose decorator gives it ``num_experts``, ``has_gate`` and so on."""
 
+Linear: TypeAlias = Callable[[Tensor, torch.dtype], Tensor]
+"""A linear layer as a function of its input [..., K] and the dtype of its output [..., N]."""
+
 IMPLEMENTATION = "mxperts"
 """The name under which the implementation is registered, as ``experts_implementation``."""
 
@@ -276,6 +279,35 @@ def runs_fused(module: ExpertsModule) -> bool:
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
+def expert_projections(module: ExpertsModule, expert: int) -> tuple[Linear, Linear]:
+    """Both projections of one expert of any experts module, packed or not: functions of input and output dtype.
+
+    The first gives gate and up in the order in which ``apply_activation`` takes them. Biases are added, and inputs are
+    quantised as the module does.
+    """
+    packed: Stacked | Apart | None = getattr(module, "mxperts", None)
+    if packed is not None:
+        return _projections(module, packed, expert)
+
+    def dense(name: str) -> Linear:
+        weight = getattr(module, name)[expert]
+        bias = getattr(module, f"{name}_bias", None)
+        return lambda x, dtype: mx_linear(
+            x,
+            weight.transpose(-1, -2) if module.is_transposed else weight,
+            None if bias is None else bias[expert],
+            out_dtype=dtype,
+        )
+
+    return dense(up_projection(module)), dense("down_proj")
+
+
+def apply_activation(module: ExpertsModule, h: Tensor) -> Tensor:
+    """What the module's activation function makes of the first projection's output [..., 2I], or [..., I]."""
+    packed: Stacked | Apart | None = getattr(module, "mxperts", None)
+    return _activate(module, None if packed is None else packed.gate, h)
+
+
 def finish_experts(module: ExpertsModule) -> None:
     """Find out, once a module is loaded, which activation function it computes and which static scales it has."""
     packed: Stacked | Apart = module.mxperts
@@ -349,10 +381,7 @@ def activate(module: ExpertsModule, gate: Gate | None, h: Tensor) -> Tensor:
     return own
 
 
-_Linear = Callable[[Tensor, torch.dtype], Tensor]
-
-
-def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) -> tuple[_Linear, _Linear]:
+def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) -> tuple[Linear, Linear]:
     """Both projections of one expert, as functions of the input and the output's dtype.
 
     The first gives gate and up in the order in which the module's own ``_apply_gate`` takes them.
@@ -369,7 +398,7 @@ def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) ->
 
     scales = packed.input_scales or (None, None)
 
-    def packed_linear(projection: PackedProjection, name: str, scale: float | None) -> _Linear:
+    def packed_linear(projection: PackedProjection, name: str, scale: float | None) -> Linear:
         bias = getattr(module, f"{name}_bias", None)
         weight = mx_weight(module, projection)[expert]
         return lambda x, dtype: mx_linear(
