@@ -378,7 +378,7 @@ def make(args: argparse.Namespace, shape: Shape, device: torch.device) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         max_steps=args.steps,
-        router_aux_loss_coef=0.05,
+        router_aux_loss_coef=0.05 * shape.layers,  # of the mean over layers: with less, experts are never used
         initializer_range=0.03,
         evaluations=args.evaluations,
     )
