@@ -37,6 +37,7 @@ from mxperts.evaluation import Evaluation, Report, Windows, evaluate, evaluate_b
 from mxperts.evaluation.report import with_error
 from mxperts.evaluation.statistics import Estimate
 from mxperts.quantization import quantize_checkpoint
+from mxperts.quantization.calibration import Calibration
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 RTN = "round to nearest"
@@ -80,7 +81,7 @@ class Goal:
 SCALES = {"method": "scale-search"}
 GPTQ = {"method": "gptq"}
 SMOOTH = {"smooth": True}
-HADAMARD = {"rotation": "hadamard"}
+HADAMARD = {"rotation": "hadamard32"}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     RTN: {},
     "scale search": SCALES,
@@ -164,11 +165,12 @@ class Subject:
 
 def quantise(subject: Subject, recipe: Recipe, seed: int, folder: Path) -> float:
     """Write the quantised model to ``folder``; the seconds that it took."""
-    options = dict(recipe.options)
+    calibration = None
     if recipe.calibrated:
-        options |= {"text": subject.calibration, "tokens": subject.facts["calibration_tokens"], "seed": seed}
+        tokens = subject.facts["calibration_tokens"]
+        calibration = Calibration(text=subject.calibration, tokens=tokens, seed=seed, device=subject.device)
     begin = time.perf_counter()
-    quantize_checkpoint(subject.path, folder, recipe.scheme, **options)
+    quantize_checkpoint(subject.path, folder, recipe.scheme, calibration=calibration, **recipe.options)
     return time.perf_counter() - begin
 
 
