@@ -480,7 +480,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parser.add_argument("--seed", type=int, default=1991, help="seed of weights and batches")
     parser.add_argument("--batch-size", type=int, default=64, help="windows in a batch")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="at its peak")
-    parser.add_argument("--evaluations", type=int, default=5, help="times to measure, and to save what is the best yet")
+    parser.add_argument("--evaluations", type=int, default=4, help="times to measure, and to save what is the best yet")
     parser.add_argument(
         "--experts-implementation",
         choices=("auto", *EXPERTS_IMPLEMENTATIONS),
