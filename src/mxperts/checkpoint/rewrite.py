@@ -75,39 +75,50 @@ def rewrite(
     Raises:
         CheckpointError: ``dst`` exists, ``<dst>.partial`` was begun with other settings, or the disk is too small.
     """
-    writer = CheckpointWriter(dst, {"source": _state(checkpoint)} | dict(settings))
+    writer = CheckpointWriter(dst, {"source": state(checkpoint)} | dict(settings))
     resumed = writer.finished
-    _check_space(writer, shards)
+    check_space(writer, shards)
     done, total = 0, sum(job.nbytes for jobs in shards.values() for job in jobs)
     progress = progress or (lambda done, total: None)
 
-    def tensors(jobs: Sequence[Job]) -> Iterator[Tensor]:
+    def advance(job: Job) -> None:
         nonlocal done
-        for job in jobs:
-            yield from job.make()
-            done += job.nbytes
-            progress(done, total)
+        done += job.nbytes
+        progress(done, total)
 
     for shard, jobs in shards.items():
         if shard in resumed:
             done += sum(job.nbytes for job in jobs)
             progress(done, total)
         else:
-            # largest items first, so that all tensors are aligned; the items of one step are alike
-            aligned = sorted(jobs, key=lambda job: -job.outputs[0].dtype.itemsize)
-            writer.write_shard(shard, [entry for job in aligned for entry in job.outputs], tensors(aligned))
+            write_jobs(writer, shard, jobs, advance)
             checkpoint.close()  # or the mapped pages of all files would count as this process's memory
-    writer.finish(config, _carried(checkpoint.path))
+    writer.finish(config, carried(checkpoint.path))
     return len(resumed)
 
 
-def _state(checkpoint: Checkpoint) -> dict[str, list[int]]:
+def write_jobs(
+    writer: CheckpointWriter, shard: str, jobs: Sequence[Job], advance: Callable[[Job], None] = lambda job: None
+) -> None:
+    """Write one file; ``advance`` is called after every step."""
+    # largest items first, so that all tensors are aligned; the items of one step are alike
+    aligned = sorted(jobs, key=lambda job: -job.outputs[0].dtype.itemsize)
+
+    def tensors() -> Iterator[Tensor]:
+        for job in aligned:
+            yield from job.make()
+            advance(job)
+
+    writer.write_shard(shard, [entry for job in aligned for entry in job.outputs], tensors())
+
+
+def state(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Size and time of the source's files, by which it is known again."""
     stats = {file.name: file.stat() for file in [checkpoint.path / CONFIG, *checkpoint.files]}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _check_space(writer: CheckpointWriter, shards: Mapping[str, Sequence[Job]]) -> None:
+def check_space(writer: CheckpointWriter, shards: Mapping[str, Sequence[Job]]) -> None:
     """So that a run does not fail after hours on what could be known before."""
     needed = sum(job.size for shard, jobs in shards.items() if shard not in writer.finished for job in jobs)
     free = shutil.disk_usage(writer.partial).free
@@ -117,7 +128,7 @@ def _check_space(writer: CheckpointWriter, shards: Mapping[str, Sequence[Job]]) 
         )
 
 
-def _carried(folder: Path) -> list[Path]:
+def carried(folder: Path) -> list[Path]:
     """The tokenizer and what else is small and no weights."""
     return [
         file

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mxperts.checkpoint import Checkpoint, quark
 from mxperts.checkpoint.config import layout_of
@@ -14,7 +15,13 @@ from mxperts.checkpoint.rules import rules_of
 from mxperts.checkpoint.writer import check_absent
 from mxperts.errors import CheckpointError
 from mxperts.formats import MXFP4, BlockFormat, Role, ScaleRule, Scheme, recipe
-from mxperts.quantization.plan import Numbers, make_plan
+from mxperts.quantization.calibration import Calibration
+from mxperts.quantization.choice import RTN, Methods
+from mxperts.quantization.methods.problem import Method
+from mxperts.quantization.plan import Numbers, Source, make_plan
+
+if TYPE_CHECKING:
+    from mxperts.quantization.calibration.run import CalibratedRun
 
 DEFAULT_EXCLUDE = (
     r"re:(?!.*\.((gate|up|down|gate_up)_proj|w[123]|fc[12])$)",
@@ -40,6 +47,7 @@ class Summary:
         bytes_before: of tensors in the source, by kind: experts, linears, other.
         bytes_after: of tensors in the result, by kind.
         resumed: files that an earlier, interrupted run had finished.
+        few_inputs: linear layers that had too few inputs in the calibration text to be fitted to them.
     """
 
     dst: Path | None
@@ -49,6 +57,7 @@ class Summary:
     bytes_before: Mapping[str, int]
     bytes_after: Mapping[str, int]
     resumed: int
+    few_inputs: Sequence[str] = ()
 
 
 def quantize_checkpoint(
@@ -62,10 +71,17 @@ def quantize_checkpoint(
     preset: str | None = None,
     scale_rule: ScaleRule | str | None = None,
     input_scales: Mapping[str, float] | None = None,
+    method: str | Method = RTN,
+    layer_methods: Mapping[str, str | Method] | None = None,
+    calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
 ) -> Summary:
-    """Quantise the weights of a checkpoint, without its model's code and with one tensor in memory at a time.
+    """Quantise the weights of a checkpoint.
+
+    Without calibration this takes none of its model's code, and has one tensor in memory at a time. With calibration
+    the model runs over a text, with one decoder layer in memory at a time, and without its experts but one; every weight
+    is fitted to the inputs that it will have in the quantised model. See docs/quantization.md.
 
     Experts that are stored in one tensor are split, but not for the gpt-oss layout. Tensors that are not quantised,
     tokenizer and other small files are copied. ``<dst>.partial`` holds the work until all is there; an interrupted run
@@ -81,6 +97,9 @@ def quantize_checkpoint(
         layer_schemes: other schemes for some layers, by name, glob or ``re:``; the first match counts.
         preset, scale_rule: see ``mxperts.quantize``.
         input_scales: the scales of static fp8 activations by layer.
+        method: how codes and scales are chosen: one of ``mxperts.quantization.methods.METHODS``, or a function.
+        layer_methods: other methods for some layers, by name, glob or ``re:``; the first match counts.
+        calibration: the text to fit weights to. Default: none, or where a method needs one, ``Calibration()``. What each of its attributes is by default suits most.
         progress: called with bytes of the source done and in total.
         dry_run: only plan, read and write no tensor.
 
@@ -90,7 +109,8 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: ``src`` is damaged or already quantised, ``dst`` exists, ``<dst>.partial`` was begun with other
             settings, or the disk is too small.
-        ArgumentError: nothing would be quantised, a pattern of ``layer_schemes`` matches nothing, static fp8
+        ArgumentError: the method is unknown or needs a text; the text is missing, too short or cannot be read; nothing
+            would be quantised, a pattern of ``layer_schemes`` matches nothing, static fp8
             activations have no scales, there is no such layout, or it cannot hold one of the layers.
         FormatError: unknown scheme, preset or scale rule.
     """
@@ -103,16 +123,26 @@ def quantize_checkpoint(
     _check_unquantized(checkpoint)
     rule = scale_rule.value if isinstance(scale_rule, ScaleRule) else scale_rule
     numbers = Numbers(preset=preset, scale_rule=rule, input_scales=dict(input_scales or {}))
-    plan = make_plan(
-        checkpoint,
-        scheme,
-        exclude=excluded_patterns(exclude),
-        layer_schemes={pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()},
-        numbers=numbers,
-        format=format,
-    )
+    methods = Methods(default=method, layers=dict(layer_methods or {}))
+    if calibration is None and methods.need_text:
+        calibration = Calibration()
+    run = None if calibration is None else _calibrated(checkpoint, calibration, methods, numbers, format)
+    schemes = {pattern: Scheme(s) for pattern, s in (layer_schemes or {}).items()}
+    if run is not None:
+        plan = run.plan(scheme, excluded_patterns(exclude), schemes)
+    else:
+        plan = make_plan(
+            checkpoint,
+            scheme,
+            exclude=excluded_patterns(exclude),
+            layer_schemes=schemes,
+            numbers=numbers,
+            format=format,
+            source=Source.of(checkpoint, numbers, methods),
+        )
+    methods.check_layers(plan.schemes)
     rules = rules_of(plan.schemes, default=scheme)
-    resumed, (before, after) = 0, sizes(plan.shards)
+    resumed, few, (before, after) = 0, list[str](), sizes(plan.shards)
     if not dry_run:
         config = dict(checkpoint.config) | {"quantization_config": layout.write(rules, _scale_rule(numbers))}
         settings = {
@@ -122,8 +152,11 @@ def quantize_checkpoint(
             "preset": numbers.preset,
             "scale_rule": numbers.scale_rule,
             "input_scales": dict(numbers.input_scales),
-        }
-        resumed = rewrite(checkpoint, dst, config, plan.shards, settings, progress)
+        } | methods.settings
+        if run is not None:
+            resumed, few = run.write(dst, config, plan, settings | run.settings, progress)
+        else:
+            resumed = rewrite(checkpoint, dst, config, plan.shards, settings, progress)
     return Summary(
         dst=None if dry_run else dst,
         scheme=scheme,
@@ -132,6 +165,7 @@ def quantize_checkpoint(
         bytes_before=before,
         bytes_after=after,
         resumed=resumed,
+        few_inputs=few,
     )
 
 
@@ -147,6 +181,15 @@ def excluded_patterns(exclude: str | Iterable[str] | None) -> list[str]:
     for pattern in patterns:
         check_pattern("exclude", pattern)
     return [*ALWAYS_EXCLUDED, *patterns]
+
+
+def _calibrated(
+    checkpoint: Checkpoint, calibration: Calibration, methods: Methods, numbers: Numbers, format: str
+) -> CalibratedRun:
+    # it takes Transformers, which takes seconds to import, and whose part of mxperts imports this file
+    from mxperts.quantization.calibration.run import CalibratedRun
+
+    return CalibratedRun(checkpoint, calibration, methods, numbers, format)
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:

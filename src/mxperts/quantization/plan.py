@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,9 @@ from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import FP8_STATIC, BlockFormat, Scheme
 from mxperts.ops.quantize import FLOAT_DTYPES, quantize
+from mxperts.quantization.choice import Methods
 from mxperts.quantization.leaves import BIAS, WEIGHT, Leaf, leaves
+from mxperts.quantization.methods.problem import Problem
 
 _CHUNK = 1 << 24
 """Values that are quantised at a time, which bounds memory."""
@@ -40,6 +42,41 @@ class Numbers:
     preset: str | None
     scale_rule: str | None
     input_scales: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the numbers of the result come from.
+
+    Attributes:
+        file: the file that a tensor of the checkpoint goes to.
+        tensor: a tensor of the checkpoint by name.
+        leaf: a weight or bias.
+        quantize: codes and scales of a weight [N, K], without the padding of a last block.
+    """
+
+    file: Callable[[TensorInfo], str]
+    tensor: Callable[[str], Tensor]
+    leaf: Callable[[Leaf], Tensor]
+    quantize: Callable[[Leaf, BlockFormat], tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, numbers: Numbers, methods: Methods | None = None) -> Source:
+        """The checkpoint's own numbers file by file, rounded to nearest or by methods that have no inputs to go by."""
+
+        def leaf(leaf: Leaf) -> Tensor:
+            return leaf.view(checkpoint.tensor(leaf.source.name))
+
+        def quantize(part: Leaf, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+            if methods is None or methods.rounds(part.module):
+                return round_to_nearest(leaf(part), fmt, numbers)
+            problem = Problem(
+                weight=leaf(part), format=fmt, preset=numbers.preset, scale_rule=numbers.scale_rule
+            )
+            t = methods.of(part.module)(problem)
+            return t.packed[..., : fmt.stored_size(t.k)], t.scales
+
+        return cls(file=lambda info: info.file.name, tensor=checkpoint.tensor, leaf=leaf, quantize=quantize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +102,7 @@ def make_plan(
     layer_schemes: Mapping[str, Scheme],
     numbers: Numbers,
     format: str,
+    source: Source | None = None,
 ) -> Plan:
     """Decide on every tensor of a checkpoint.
 
@@ -75,6 +113,7 @@ def make_plan(
         layer_schemes: schemes by pattern, the first match counts.
         numbers: how weights are quantised.
         format: the layout to be written.
+        source: where numbers come from and files are cut; default: the checkpoint's own, rounded to nearest.
 
     Raises:
         ArgumentError: a pattern in ``layer_schemes`` matches nothing, nothing is left to quantise, input scales are
@@ -83,6 +122,7 @@ def make_plan(
     """
     names = layout_of(format).NAMES
     found = leaves(checkpoint, names)
+    source = source or Source.of(checkpoint, numbers)
     excluded = [Rule(pattern=pattern, scheme=_NONE) for pattern in exclude]
     layers = [Rule(pattern=pattern, scheme=s) for pattern, s in layer_schemes.items()]
     rules = [*excluded, *layers, Rule(pattern="*", scheme=scheme)]
@@ -101,17 +141,17 @@ def make_plan(
     _check_input_scales(schemes, numbers.input_scales)
 
     split = _split_experts(found, schemes)
-    shards: dict[str, list[Piece]] = {file.name: [] for file in checkpoint.files}
+    shards: dict[str, list[Piece]] = {source.file(checkpoint.info(name)): [] for name in found}
     kept: dict[str, Scheme] = {}
     for name, group in found.items():
         info = checkpoint.info(name)
-        pieces = shards[info.file.name]
+        pieces = shards[source.file(info)]
         if not group or (_is_fused(name, group) and name.rpartition(".")[0] not in split):
-            pieces.append(_copy(checkpoint, info))
+            pieces.append(_copy(source, info))
             kept |= dict.fromkeys([name] if len(info.shape) == 3 and group else [], _NONE)
         else:
             for leaf in group:
-                pieces += _leaf_pieces(checkpoint, leaf, schemes[leaf.module], names, numbers)
+                pieces += _leaf_pieces(source, leaf, schemes[leaf.module], names, numbers)
     return Plan(
         shards={file: _jobs(pieces, names) for file, pieces in shards.items()},
         schemes=schemes | kept,
@@ -146,25 +186,22 @@ def _is_fused(name: str, group: Sequence[Leaf]) -> bool:
     return any(leaf.module + leaf.part != name for leaf in group)
 
 
-def _copy(checkpoint: Checkpoint, info: TensorInfo) -> Piece:
+def _copy(source: Source, info: TensorInfo) -> Piece:
     return Piece(
         module=info.name,
         dtypes=(DTYPES[info.dtype],),
         shapes=(info.shape,),
-        make=lambda: [checkpoint.tensor(info.name)],
+        make=lambda: [source.tensor(info.name)],
         nbytes=info.nbytes,
         kind=kind_of(info.name, info.shape),
     )
 
 
 def _leaf_pieces(
-    checkpoint: Checkpoint, leaf: Leaf, scheme: Scheme, names: TensorNames, numbers: Numbers
+    source: Source, leaf: Leaf, scheme: Scheme, names: TensorNames, numbers: Numbers
 ) -> Iterator[Piece]:
     info, fmt = leaf.source, scheme.weight if leaf.part == WEIGHT else None
     dtype = DTYPES[info.dtype]
-
-    def values() -> Tensor:
-        return leaf.view(checkpoint.tensor(info.name))
 
     yield Piece(
         module=leaf.module,
@@ -172,7 +209,7 @@ def _leaf_pieces(
         scheme=_NONE if fmt is None else scheme,
         dtypes=(dtype,) if fmt is None else (torch.uint8, torch.uint8),
         shapes=(leaf.shape,) if fmt is None else _packed_shapes(leaf, fmt),
-        make=(lambda: [values()]) if fmt is None else lambda: _quantize(values(), fmt, numbers),
+        make=(lambda: [source.leaf(leaf)]) if fmt is None else lambda: source.quantize(leaf, fmt),
         nbytes=dtype.itemsize * torch.Size(leaf.shape).numel(),
         kind=kind_of(info.name, info.shape),
     )
@@ -206,8 +243,8 @@ def _packed_shapes(leaf: Leaf, fmt: BlockFormat) -> tuple[tuple[int, ...], ...]:
     return (rows, fmt.stored_size(k)), (rows, fmt.blocks(k))
 
 
-def _quantize(weight: Tensor, fmt: BlockFormat, numbers: Numbers) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a weight [N, K]."""
+def round_to_nearest(weight: Tensor, fmt: BlockFormat, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight [N, K], as they are stored: without the padding of a last block."""
     rows, k = weight.shape
     codes = torch.empty((rows, fmt.stored_size(k)), dtype=torch.uint8)
     scales = torch.empty((rows, fmt.blocks(k)), dtype=torch.uint8)

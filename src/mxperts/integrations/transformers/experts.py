@@ -324,14 +324,15 @@ def _one_by_one(
         token, slot = torch.nonzero(top_k_index == expert, as_tuple=True)
         up, down = _projections(module, packed, expert)
         h = up(hidden_states[token], hidden_states.dtype)
-        a = _activate(module, packed.gate, h)
+        a = activate(module, packed.gate, h)
         y = down(a, torch.float32)
         if _has_norm(module):
             y = module.post_expert_norm(y.to(hidden_states.dtype)).to(torch.float32)
         yield token, slot, y
 
 
-def _activate(module: ExpertsModule, gate: Gate | None, h: Tensor) -> Tensor:
+def activate(module: ExpertsModule, gate: Gate | None, h: Tensor) -> Tensor:
+    """An experts module's activation function of ``h`` [..., 2I], gate and up as the module has them, or [..., I]."""
     if gate is not None:
         return gate.apply(h, interleaved=not module.is_concatenated)
     own: Tensor = module._apply_gate(h) if module.has_gate else module.act_fn(h)
@@ -352,7 +353,7 @@ def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) ->
         down = linears.get_submodule(packed.down)
 
         def first(x: Tensor, dtype: torch.dtype) -> Tensor:
-            return _in_order(module, [_linear(part, x, dtype, packed.backend) for part in parts])
+            return in_order(module, [_linear(part, x, dtype, packed.backend) for part in parts])
 
         return first, lambda x, dtype: _linear(down, x, dtype, packed.backend)
 
@@ -374,11 +375,11 @@ def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) ->
     up = packed_linear(packed.up, up_projection(module), scales[0])
     if module.has_gate and packed.interleaved == module.is_concatenated:
         whole = up
-        up = lambda x, dtype: _in_order(module, list(whole(x, dtype).chunk(2, dim=-1)))  # noqa: E731
+        up = lambda x, dtype: in_order(module, list(whole(x, dtype).chunk(2, dim=-1)))  # noqa: E731
     return up, packed_linear(packed.down, "down_proj", scales[1])
 
 
-def _in_order(module: ExpertsModule, parts: list[Tensor]) -> Tensor:
+def in_order(module: ExpertsModule, parts: list[Tensor]) -> Tensor:
     """Gate and up as the module wants them: one after the other, or alternating."""
     if len(parts) == 1:
         return parts[0]
