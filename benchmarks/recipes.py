@@ -178,7 +178,7 @@ def measure(args: argparse.Namespace) -> int:
     """Run what has no row yet; how many recipes failed."""
     deadline = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
     subject = Subject.of(args)
-    done = {key(row) for row in rows_of(args.save, subject.facts) if row["status"] == "ok"}
+    done = {key(row) for row in rows_of(args.save, subject.facts)}
     missing = [
         (recipe, seed) for recipe, seed in plan(args.only, args.seeds) if (recipe.group, recipe.name, seed) not in done
     ]
@@ -214,13 +214,12 @@ def measure(args: argparse.Namespace) -> int:
                 model = subject.load(folder)
                 evaluation = evaluate(model, windows, base, name=recipe.name, batch_size=args.batch_size)
                 del model
-                row |= {"status": "ok", "quantize_seconds": seconds, **figures(base_row, evaluation)}
+                row |= {"quantize_seconds": seconds, **figures(base_row, evaluation)}
+                save(args.save, [row], conditions())
                 say(f"{recipe.group}, {recipe.name}, seed {seed}: {evaluation.summary()}; quantised in {seconds:.1f} s")
-            except Exception as error:  # the other recipes are worth having all the same
+            except Exception:  # the other recipes are worth having all the same
                 failed += 1
-                traceback.print_exc()
-                row |= {"status": "failed", "note": f"{type(error).__name__}: {error}"}
-            save(args.save, [row], conditions())
+                say(f"{recipe.group}, {recipe.name}, seed {seed} failed:\n{traceback.format_exc()}")
             shutil.rmtree(folder, ignore_errors=True)
             if subject.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -264,8 +263,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: one line a recipe, seeds together, and what became of the goals."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["status"] == "ok":
-            found.setdefault((row["group"], row["recipe"]), []).append(row)
+        found.setdefault((row["group"], row["recipe"]), []).append(row)
     kl = {name: statistics.fmean(row["kl"] for row in seeds) for name, seeds in found.items()}
     lines = [
         "| | recipe | bits a weight | KL divergence | between seeds | to nearest = 1 | same top-1 % | time a layer |",
