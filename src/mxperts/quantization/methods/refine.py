@@ -15,9 +15,9 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """Lessen the error tr((W - Ŵ) H (W - Ŵ)ᵀ) block by block; it never grows.
 
-    A block's scale and codes are chosen as when it was first reached, but as if all other blocks, those after it too,
-    were not to be changed; then each code is chosen again given all others of its block. The result replaces a row's
-    block where its error is less.
+    A block's scale and codes are chosen as when it was first reached, but with all other blocks, those after it too, as
+    they are. Each code of what that gives, and of what was there, is then chosen again given all others. Of the two,
+    each row keeps the one with less error.
 
     Args:
         values: Ŵ [E, N, K], elements at their scales.
@@ -41,17 +41,19 @@ def refine(
             old = values[..., block]
             best = old + slope[..., block] @ factor.mT @ factor  # what the block would be if it were free
             choice = round_block(best, factor, grid.near(exponents[..., b]), grid)
-            new = _descend(choice.values, best, inner, choice.exponents, grid)
-            better = _error(best - new, inner) < _error(best - old, inner)  # [E, N]
-            new = torch.where(better.unsqueeze(-1), new, old)
-            exponents[..., b] = torch.where(better, choice.exponents, exponents[..., b])
+            scales = torch.stack([exponents[..., b], choice.exponents])  # [2, E, N]
+            tried = _descend(torch.stack([old, choice.values]), best, inner, scales, grid)
+            left = (((best - tried) @ inner) * (best - tried)).sum(-1)  # of the error
+            better = left[1] < left[0]
+            new = torch.where(better.unsqueeze(-1), tried[1], tried[0])
+            exponents[..., b] = torch.where(better, scales[1], scales[0])
             slope -= (new - old) @ hessian[:, block]
             values[..., block] = new
     return values, exponents
 
 
 def _descend(values: Tensor, target: Tensor, hessian: Tensor, exponents: Tensor, grid: Grid) -> Tensor:
-    """``values`` [E, N, 32] with each element chosen again, once, given the others and the scale."""
+    """``values`` [2, E, N, 32] with each element chosen again, once, given the others and the scale."""
     values = values.clone()
     slope = (target - values) @ hessian
     for j in range(values.shape[-1]):
@@ -60,8 +62,3 @@ def _descend(values: Tensor, target: Tensor, hessian: Tensor, exponents: Tensor,
         slope -= (new - old).unsqueeze(-1) * hessian[:, j].unsqueeze(1)
         values[..., j] = new
     return values
-
-
-def _error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """The squared error of every row, [E, N]."""
-    return ((difference @ hessian) * difference).sum(-1)
