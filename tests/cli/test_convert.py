@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mxperts.checkpoint import LAYOUTS, Checkpoint
+from mxperts.checkpoint import LAYOUTS, Checkpoint, rotated
 from mxperts.cli import app as mxperts
 from mxperts.cli.convert import convert
 from mxperts.cli.options import Layout
@@ -82,5 +82,5 @@ def test_refusals_are_one_message(runner: CliRunner, tmp_path: Path, source: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_formats_are_the_layouts() -> None:
-    assert {layout.value for layout in Layout} == {layout.NAME for layout in LAYOUTS.values()}
+def test_formats_are_the_layouts_but_that_of_rotated_weights() -> None:
+    assert {layout.value for layout in Layout} == {layout.NAME for layout in LAYOUTS.values()} - {rotated.NAME}

@@ -2,8 +2,8 @@ import pytest
 from transformers.quantizers import auto
 
 import mxperts as mx
-from mxperts.checkpoint import LAYOUTS
 from mxperts.integrations import hooks
+from mxperts.integrations.transformers.loading import TAKEN_OVER
 
 HOOK = hooks.Hook(program="a", replaced="x", by="y", why="z")
 
@@ -27,7 +27,7 @@ def test_install_records_each_entry_that_it_replaces(monkeypatch):
     before = dict(table)
     for _ in range(2):
         mx.install()
-    replaced = {f"AUTO_QUANTIZATION_CONFIG_MAPPING[{method!r}]" for method in LAYOUTS}
+    replaced = {f"AUTO_QUANTIZATION_CONFIG_MAPPING[{method!r}]" for method in TAKEN_OVER}
     assert {hook.replaced for hook in hooks.active("transformers")} == replaced
-    assert len(hooks.active()) == len(LAYOUTS)
+    assert len(hooks.active()) == len(TAKEN_OVER)
     assert replaced >= {f"AUTO_QUANTIZATION_CONFIG_MAPPING[{m!r}]" for m in before if table[m] is not before[m]}

@@ -55,8 +55,22 @@ def decode(weight: mx.MXTensor | Tensor, dtype: torch.dtype) -> np.ndarray:
     return cast(np.ldexp(elements, exponents), dtype)
 
 
-def qdq(x: np.ndarray, fmt: str | None, dtype: torch.dtype, scale: float | None) -> np.ndarray:
-    """One token, quantised and dequantised."""
+def butterflies(x: np.ndarray) -> np.ndarray:
+    """The Hadamard transform of each block of 32 of one token, in float32 and its order of sums, times 1/4."""
+    y = [np.float32(v) for v in x]
+    for stride in (1, 2, 4, 8, 16):
+        for i in range(len(y)):
+            if not i & stride:  # i % 32, as blocks begin at multiples of 32
+                y[i], y[i + stride] = y[i] + y[i + stride], y[i] - y[i + stride]
+    return np.array([float(v * np.float32(0.25)) for v in y])
+
+
+def qdq(
+    x: np.ndarray, fmt: str | None, dtype: torch.dtype, scale: float | None, *, rotated: bool = False
+) -> np.ndarray:
+    """One token, quantised and dequantised, and rotated before that."""
+    if rotated:
+        return cast(qdq(butterflies(x), fmt, torch.float32, scale), dtype)
     if fmt is None:
         return x
     if not fmt.startswith("fp8"):
@@ -148,13 +162,19 @@ def activate(h: np.ndarray, name: str, interleaved: bool, constants: dict[str, f
 
 
 def linear(
-    x: Tensor, weight: mx.MXTensor | Tensor, bias: Tensor | None, fmt: str | None, scale: float | None
+    x: Tensor,
+    weight: mx.MXTensor | Tensor,
+    bias: Tensor | None,
+    fmt: str | None,
+    scale: float | None,
+    *,
+    rotated: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest right result of ``mx_linear`` of ``x`` [T, K]."""
     dense, b = decode(weight, x.dtype), None if bias is None else bias.double().numpy()
     lows, highs = [], []
     for token in x.double().numpy():
-        y, error = product(qdq(token, fmt, x.dtype, scale), dense, b)
+        y, error = product(qdq(token, fmt, x.dtype, scale, rotated=rotated), dense, b)
         lows.append(cast(y - error, x.dtype))
         highs.append(cast(y + error, x.dtype))
     return np.array(lows), np.array(highs)
@@ -175,6 +195,7 @@ def experts(
     interleaved: bool = False,
     input_scales: tuple[list[float], list[float]] | None = None,
     router_weight_on_input: bool = False,
+    rotated: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest right result of ``fused_experts``; ids are local or -1, input scales one for each expert."""
     dtype = x.dtype
@@ -191,11 +212,12 @@ def experts(
             into = token
             if router_weight_on_input:
                 into, w = cast((token.astype(np.float32) * np.float32(w)).astype(np.float64), dtype), 1.0
-            h = settled(*product(qdq(into, activation_format, dtype, s1), gate_up[e], b1), dtype)
+            into = qdq(into, activation_format, dtype, s1, rotated=rotated)
+            h = settled(*product(into, gate_up[e], b1), dtype)
             a = activate(h, activation, interleaved, constants or {})
             transcendental = not activation.startswith("relu2")  # whose one rounding is the same everywhere
             a = settled(a, np.abs(a) * 64 * ULP * transcendental, dtype)
-            y, y_error = product(qdq(a, activation_format, dtype, s2), down[e], b2)
+            y, y_error = product(qdq(a, activation_format, dtype, s2, rotated=rotated), down[e], b2)
             parts.append(y * w)
             error += np.abs(w) * (y_error + np.abs(y) * ULP)
         if parts:

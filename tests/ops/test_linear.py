@@ -64,7 +64,7 @@ def test_registration() -> None:
     from mxperts.ops.linear import _mx_linear_op
 
     x, w, bias = make(2)
-    arguments = (x, [w.packed, w.scales], "mxfp4", bias, "fp8_static", torch.ones(1), torch.float32, "auto")
+    arguments = (x, [w.packed, w.scales], "mxfp4", bias, "fp8_static", torch.ones(1), None, torch.float32, "auto")
     torch.library.opcheck(_mx_linear_op, arguments)
 
 

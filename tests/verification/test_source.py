@@ -117,7 +117,7 @@ def test_a_source_must_be_unquantised_and_the_checkpoint_quantised() -> None:
 def test_the_comparison_is_that_of_quantize() -> None:
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     stored = mx.quantize(weight, "mxfp4", preset="ocp")
-    results = {p: n for p, n, _ in source._compare(weight, stored, list(PRESETS), "reference", "cpu")}
+    results = {p: n for p, n, _ in source._compare(weight, stored, list(PRESETS), None, "reference", "cpu")}
     for preset in PRESETS:
         other = mx.quantize(weight, "mxfp4", preset=preset)
         same = torch.equal(other.packed, stored.packed) and torch.equal(other.scales, stored.scales)

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from mxperts.checkpoint import compressed_tensors, gpt_oss, quark
+from mxperts.checkpoint import compressed_tensors, gpt_oss, quark, rotated
 from mxperts.checkpoint.layout import ModelScheme
 from mxperts.errors import ArgumentError, CheckpointError
 
-LAYOUTS: dict[str, ModuleType] = {layout.QUANT_METHOD: layout for layout in (quark, compressed_tensors, gpt_oss)}
+LAYOUTS: dict[str, ModuleType] = {
+    layout.QUANT_METHOD: layout for layout in (quark, compressed_tensors, gpt_oss, rotated)
+}
 """The layouts by ``quant_method``."""
 
 
 def layout_of(name: str) -> ModuleType:
-    """A layout by its own name: "quark", "compressed-tensors" or "gpt-oss".
+    """A layout by its own name: "quark", "compressed-tensors", "gpt-oss" or "mxperts".
 
     Raises:
         ArgumentError: there is no such layout.

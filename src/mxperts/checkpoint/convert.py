@@ -103,11 +103,13 @@ def convert_checkpoint(
         What was done, or would be.
 
     Raises:
-        CheckpointError: ``src`` is damaged, holds no MX formats, or is in this layout already; ``dst`` exists,
-            ``<dst>.partial`` was begun with other settings, or the disk is too small.
+        CheckpointError: ``src`` is damaged, holds no MX formats or rotated weights, or is in this layout already;
+            ``dst`` exists, ``<dst>.partial`` was begun with other settings, or the disk is too small.
         ArgumentError: no such layout, or it cannot hold a module of ``src``; the message names it and says why.
     """
-    target = _TARGETS[layout_of(format).NAME]
+    if layout_of(format).NAME not in _TARGETS:
+        raise ArgumentError(f"nothing is converted to the layout {format!r}; `mxperts quantize --rotate` writes it")
+    target = _TARGETS[format]
     dst = Path(dst)
     check_absent(dst)
     checkpoint = Checkpoint.open(src)
@@ -145,6 +147,12 @@ def _check_source(checkpoint: Checkpoint, format: str) -> str:
         raise CheckpointError(
             f"{checkpoint.path} has no weights in MX formats, in none of the layouts {', '.join(LAYOUTS)}; "
             f"`mxperts quantize --format {format}` makes such a checkpoint of an unquantised one"
+        )
+    if checkpoint.scheme.rotation is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} has weights rotated by {checkpoint.scheme.rotation!r}, whose inputs must be rotated "
+            f"too; the {format} layout has no words for that, and other software would run it wrong. Quantise the "
+            f"checkpoint that it came from: `mxperts quantize --format {format}`"
         )
     if checkpoint.scheme.layout == format:
         raise CheckpointError(f"{checkpoint.path} is in the {format} layout already; there is nothing to convert")

@@ -20,7 +20,7 @@ from mxperts.formats import MXFP4, BlockFormat, ScaleRule, Scheme
 
 NAME = "gpt-oss"
 QUANT_METHOD = "mxfp4"
-NAMES = TensorNames(codes="_blocks", scales="_scales", blocked=True, bias="_bias")
+NAMES = TensorNames(codes="_blocks", scales="_scales", blocked=True, stacked=True, bias="_bias")
 
 _EXPERTS = r"re:(.*\.)?experts(\.\d+)?(\.(gate_up|gate|up|down)_proj)?$"
 _SCHEME = Scheme.of(MXFP4)

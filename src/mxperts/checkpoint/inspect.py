@@ -71,7 +71,8 @@ class Inspection:
 
     Attributes:
         path: its folder.
-        layout: "quark", "compressed-tensors", "gpt-oss", or None if nothing is quantised to MX.
+        layout: as in ``ModelScheme``; None if nothing is quantised to MX.
+        rotation: by what quantised weights are rotated.
         model_type: as config.json has it.
         tensors: how many tensors.
         files: how many safetensors files.
@@ -83,6 +84,7 @@ class Inspection:
 
     path: Path
     layout: str | None
+    rotation: str | None
     model_type: str | None
     tensors: int
     files: int
@@ -119,6 +121,7 @@ def inspect_checkpoint(path: str | Path, *, check: bool = False) -> Inspection:
     return Inspection(
         path=checkpoint.path,
         layout=checkpoint.scheme.layout if checkpoint.scheme else None,
+        rotation=checkpoint.scheme.rotation if checkpoint.scheme else None,
         model_type=model_type if isinstance(model_type, str) else None,
         tensors=len(checkpoint.tensors),
         files=len(checkpoint.files),

@@ -25,8 +25,8 @@ class TensorNames:
         input_scale_shape: its shape.
         alternating: what becomes of an expert's ``gate_up_proj`` whose rows of gate and up alternate: the projections
             that are stored, and the rows of each.
-        blocked: whether all experts are in one tensor, whose codes have a dimension of blocks before that of a block's
-            bytes.
+        blocked: whether codes have a dimension of blocks before that of a block's bytes.
+        stacked: whether all experts are in one tensor.
         bias: suffix of a bias that goes with codes.
     """
 
@@ -38,6 +38,7 @@ class TensorNames:
     input_scale_shape: tuple[int, ...] = ()
     alternating: Mapping[str, slice] = field(default_factory=lambda: {"gate_up_proj": slice(None)})
     blocked: bool = False
+    stacked: bool = False
     bias: str = ".bias"
 
     def codes_suffix(self, fmt: BlockFormat) -> str:
@@ -79,16 +80,18 @@ class ModelScheme:
     """Which scheme every module of a checkpoint has.
 
     Attributes:
-        layout: "quark", "compressed-tensors" or "gpt-oss": how tensors are named and stored.
+        layout: "quark", "compressed-tensors", "gpt-oss" or "mxperts": how tensors are named and stored.
         names: the layout's suffixes.
         rules: the first that matches a module's name decides; a module that none matches is unquantised.
         config: the ``quantization_config`` this was read from, verbatim, for writing it back.
+        rotation: by what all quantised weights are rotated, and their inputs are to be; None for nothing.
     """
 
     layout: str
     names: TensorNames
     rules: Sequence[Rule]
     config: Mapping[str, Any]
+    rotation: str | None = None
 
     def rule_of(self, *names: str) -> Rule:
         """The rule for a module that goes by any of ``names`` (a checkpoint and a model may spell one differently)."""

@@ -105,7 +105,7 @@ def regroup(pieces: Iterable[Piece], names: TensorNames) -> list[Piece]:
         parts = _merge(apart, _expert_of_gate_or_up, _interleave)
     else:
         parts = [part for piece in apart for part in _split(piece)]
-    return stack_experts(parts) if names.blocked else parts
+    return stack_experts(parts) if names.stacked else parts
 
 
 def stack_experts(pieces: Iterable[Piece]) -> list[Piece]:

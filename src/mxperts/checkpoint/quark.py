@@ -64,13 +64,17 @@ def claims(config: Mapping[str, Any]) -> bool:
     )
 
 
-def parse(config: Mapping[str, Any]) -> ModelScheme:
+def parse(config: Mapping[str, Any], path: str = "quantization_config") -> ModelScheme:
     """Read Quark's ``quantization_config``: ``exclude``, then by layer, then by layer type, then the global rule.
+
+    Args:
+        config: the config.
+        path: where it stands, for messages.
 
     Raises:
         CheckpointError: it asks for something that mxperts does not support; the message names the field.
     """
-    top = Fields.of("quantization_config", config)
+    top = Fields.of(path, config)
     top.expect_unset("kv_cache_quant_config", "a quantised key-value cache")
     top.expect_unset("softmax_quant_spec", "quantised softmax")
     _check_algorithms(top)

@@ -54,6 +54,8 @@ def _note(found: Inspection) -> str:
         f"{found.path}: {found.layout or 'no MX'} layout, model type {found.model_type or 'unknown'}, {found.tensors} "
         f"tensors in {found.files} files; the last line counts tensors."
     ]
+    if found.rotation is not None:
+        lines.append(f"Quantised weights are rotated by {found.rotation}; their inputs are at run time.")
     if found.anomalies is not None:
         lines += [f"{a.tensor}: {a.count} {a.what}" for a in found.anomalies] or ["Nothing odd in the numbers."]
     return "\n".join(lines)

@@ -20,11 +20,12 @@ class Progress:
     def __init__(self) -> None:
         self.start = self.said = time.monotonic()
         self.begun_at: int | None = None
+        self.total = 0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self.begun_at is None:
-            self.begun_at, self.start = done, now
+        if self.begun_at is None or total != self.total:  # or it is another step of the work
+            self.begun_at, self.start, self.total = done, now, total
         if now - self.said >= EVERY and done > self.begun_at:
             self.said = now
             left = (now - self.start) * (total - done) / (done - self.begun_at)

@@ -47,6 +47,14 @@ def quantize(
         str | None,
         typer.Option(help="How codes and scales are chosen: rtn, scale-search or gptq; default: rtn."),
     ] = None,
+    smooth: Annotated[
+        bool | None,
+        typer.Option("--smooth/--no-smooth", help="Even out channels first, by powers of two.", show_default=False),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Mix MXFP4, MXFP6 and MXFP8 weights by measured error, to so many bits a weight: e.g. 4.75."),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -94,6 +102,13 @@ def quantize(
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     trust_remote_code: TrustRemoteCodeOption = False,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROTATION",
+            help="hadamard32: rotate blocks of weights, and of inputs at run time; only mxperts runs the result.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be written.")] = False,
     output: OutputOption = None,
 ) -> None:
@@ -111,6 +126,8 @@ def quantize(
     given = {
         "scheme": scheme,
         "method": method,
+        "smooth": smooth,
+        "bits": bits,
         "text": text,
         "tokens": tokens,
         "context": context,
@@ -120,6 +137,7 @@ def quantize(
         "layer_schemes": dict(_layer(rule) for rule in layer) if layer else None,
         "scale_rule": scale_rule,
         "preset": preset,
+        "rotation": rotate,
     }
     settings |= {key: value for key, value in given.items() if value is not None}
     settings = {"scheme": "w_mxfp4", "format": Layout.QUARK.value} | settings
@@ -133,8 +151,10 @@ def quantize(
     sizes = [(kind, before[kind], after[kind]) for kind in KINDS]
     sizes.append(("all", sum(before.values()), sum(after.values())))
     rows = [[kind, f"{b / 1e6:.3f}", f"{a / 1e6:.3f}", f"{b / a:.2f}x" if a else ""] for kind, b, a in sizes]
+    rotation = settings.get("rotation")
+    what = f"{summary.scheme}, rotated by {rotation}" if rotation else f"{summary.scheme}"
     note = (
-        f"{summary.scheme}: {summary.modules} layers quantised, {len(summary.excluded)} left as they are; "
+        f"{what}: {summary.modules} layers quantised, {len(summary.excluded)} left as they are; "
         f"{'would be ' if dry_run else ''}written to {dst}"
     )
     if summary.few_inputs:
@@ -147,6 +167,7 @@ def quantize(
             "dry_run": dry_run,
             "scheme": summary.scheme.name,
             "format": settings["format"],
+            "rotation": settings.get("rotation"),
             "modules": summary.modules,
             "excluded": list(summary.excluded),
             "bytes_before": dict(before),
@@ -165,15 +186,15 @@ def _layer(text: str) -> tuple[str, str]:
     return pattern, scheme
 
 
-def _calibration(
-    settings: dict[str, Any], device: str, backend: str, trust_remote_code: bool
-) -> Calibration | None:
+def _calibration(settings: dict[str, Any], device: str, backend: str, trust_remote_code: bool) -> Calibration | None:
     """What is asked for of a text, taken out of the settings; None if nothing needs one."""
     asked = {key: settings.pop(key) for key in ("text", "tokens", "context", "seed") if key in settings}
     methods = Methods(default=settings.get("method", RTN), layers=settings.get("layer_methods", {}))
-    if "text" not in asked and not methods.need_text:
+    if "text" not in asked and not (methods.need_text or settings.get("smooth") or "bits" in settings):
         if asked:
-            raise ArgumentError(f"{' and '.join(asked)}: nothing is calibrated; name a text, or a method that needs one")
+            raise ArgumentError(
+                f"{' and '.join(asked)}: nothing is calibrated; name a text, or a method that needs one"
+            )
         return None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mxperts.formats import FP8_STATIC, Activation, Preset, Scheme
-from mxperts.nn.parameters import FrozenModule, frozen, unset_scale, zero_weight
+from mxperts.nn.parameters import FrozenModule, frozen, quantize_weight, unset_scale, zero_weight
 from mxperts.nn.prepared import PreparedParameter, PreparedWeights
 from mxperts.ops.activation import bind_activation
 from mxperts.ops.experts import InputScale, as_input_scale, fused_experts
 from mxperts.ops.prepare import PreparedExperts, Weight, canonical_tensors, layout_of
-from mxperts.ops.quantize import quantize
+from mxperts.rotation import check_rotation
 
 
 class MXExperts(FrozenModule):
@@ -24,6 +24,7 @@ class MXExperts(FrozenModule):
         scheme: format of the weights and of the inputs; a scheme without a weight format holds dense weights.
         activation, interleaved, apply_router_weight_on_input: as in ``fused_experts``.
         swiglu_limit, swiglu_alpha, swiglu_beta, swiglu_linear_beta: as in ``fused_experts``.
+        rotation: by what the weights are rotated and inputs are to be, as in ``fused_experts``.
         bias: whether both projections have biases.
         device: where the parameters are; "meta" allocates nothing.
         dtype: of the biases, and of dense weights; default: torch's.
@@ -55,6 +56,7 @@ class MXExperts(FrozenModule):
         *,
         scheme: Scheme | str = "w_mxfp4",
         activation: str = "silu",
+        rotation: str | None = None,
         bias: bool = False,
         interleaved: bool = False,
         swiglu_limit: float | None = None,
@@ -68,7 +70,8 @@ class MXExperts(FrozenModule):
     ) -> None:
         super().__init__()
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.scheme = Scheme(scheme)
+        check_rotation(rotation, gate_up_proj=hidden_size, down_proj=intermediate_size)
+        self.scheme, self.rotation = Scheme(scheme), rotation
         self.interleaved = interleaved
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.backend = backend
@@ -102,7 +105,8 @@ class MXExperts(FrozenModule):
 
         Args:
             gate_up_proj to interleaved: as in ``fused_experts``.
-            settings: the constructor's ``activation``, ``swiglu_*``, ``apply_router_weight_on_input`` and ``backend``.
+            settings: the constructor's ``activation``, ``swiglu_*``, ``apply_router_weight_on_input``, ``rotation``
+                and ``backend``.
 
         Raises:
             ArgumentError: the weights do not fit together or to the activation function, or a scale does not fit.
@@ -140,6 +144,7 @@ class MXExperts(FrozenModule):
         scheme: Scheme | str,
         *,
         preset: Preset | str | None = None,
+        rotation: str | None = None,
         backend: str = "auto",
         **settings: Any,
     ) -> MXExperts:
@@ -149,15 +154,18 @@ class MXExperts(FrozenModule):
             gate_up_proj, down_proj: float tensors in the shapes of ``fused_experts``.
             scheme: format of the weights and of the inputs.
             preset: as in ``mx.quantize``.
+            rotation: what to rotate the weights by before they are quantised.
             backend: of the quantisation and of the module.
             settings: the other arguments of ``from_tensors``.
         """
         scheme = Scheme(scheme)
         weights: list[Weight] = [
-            dense if scheme.weight is None else quantize(dense.detach(), scheme.weight, preset=preset, backend=backend)
-            for dense in (gate_up_proj, down_proj)
+            quantize_weight(dense, scheme.weight, name, rotation, preset=preset, backend=backend)
+            for name, dense in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj))
         ]
-        return cls.from_tensors(*weights, activation_format=scheme.activation, backend=backend, **settings)
+        return cls.from_tensors(
+            *weights, activation_format=scheme.activation, rotation=rotation, backend=backend, **settings
+        )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module`` has it, which calls it for attributes too; what it replaces is no longer prepared."""
@@ -186,6 +194,7 @@ class MXExperts(FrozenModule):
             interleaved=self.interleaved,
             activation_format=self.scheme.activation,
             dtype=dtype,
+            rotation=self.rotation,
             backend=self.backend,
         )
 
@@ -219,6 +228,7 @@ class MXExperts(FrozenModule):
             swiglu_linear_beta=function.linear_beta,
             input_scales=(self.gate_up_proj_input_scale, self.down_proj_input_scale) if static else None,
             apply_router_weight_on_input=self.apply_router_weight_on_input,
+            rotation=self.rotation,
             backend=self.backend,
         )
 
@@ -227,5 +237,6 @@ class MXExperts(FrozenModule):
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, scheme={self.scheme}, activation={self.activation.name}, "
-            f"bias={self.gate_up_proj_bias is not None}, interleaved={self.interleaved}, backend={self.backend}"
+            f"rotation={self.rotation}, bias={self.gate_up_proj_bias is not None}, interleaved={self.interleaved}, "
+            f"backend={self.backend}"
         )

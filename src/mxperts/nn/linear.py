@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from mxperts.formats import FP8_STATIC, Activation, Preset, Scheme
-from mxperts.nn.parameters import FrozenModule, frozen, unset_scale, zero_weight
+from mxperts.nn.parameters import FrozenModule, frozen, quantize_weight, unset_scale, zero_weight
 from mxperts.ops.experts import InputScale, as_input_scale
 from mxperts.ops.linear import mx_linear
 from mxperts.ops.prepare import Weight, check_weight, weight_format
-from mxperts.ops.quantize import quantize
+from mxperts.rotation import check_rotation
 
 
 class MXLinear(FrozenModule):
@@ -22,6 +22,7 @@ class MXLinear(FrozenModule):
         scheme: format of the weight and of the input; a scheme without a weight format holds a dense weight.
         device: where the parameters are; "meta" allocates nothing.
         dtype: of the bias, and of a dense weight; default: torch's.
+        rotation: by what the weight is rotated and the input is to be, as in ``mx_linear``.
         backend: "auto" or a backend's name.
 
     Attributes:
@@ -41,11 +42,13 @@ class MXLinear(FrozenModule):
         scheme: Scheme | str = "w_mxfp4",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rotation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_rotation(rotation, weight=in_features)
         self.in_features, self.out_features = in_features, out_features
-        self.scheme = Scheme(scheme)
+        self.scheme, self.rotation = Scheme(scheme), rotation
         self.backend = backend
         self.set_weight(
             "weight", zero_weight(self.scheme.weight, out_features, in_features, device=device, dtype=dtype)
@@ -63,6 +66,7 @@ class MXLinear(FrozenModule):
         *,
         activation: Activation = None,
         input_scale: InputScale | None = None,
+        rotation: str | None = None,
         backend: str = "auto",
     ) -> MXLinear:
         """A module around existing tensors, which are not copied; arguments as in ``mx_linear``.
@@ -73,7 +77,7 @@ class MXLinear(FrozenModule):
         check_weight(weight, "weight", "[N, K]", ndim=2)
         rows, k = weight.shape
         scheme = Scheme.of(weight_format(weight), activation)
-        module = cls(k, rows, False, scheme, device="meta", backend=backend)
+        module = cls(k, rows, False, scheme, device="meta", rotation=rotation, backend=backend)
         module.set_weight("weight", weight)
         if bias is not None:
             module.bias = frozen(bias.detach())
@@ -91,14 +95,19 @@ class MXLinear(FrozenModule):
         *,
         input_scale: InputScale | None = None,
         preset: Preset | str | None = None,
+        rotation: str | None = None,
         backend: str = "auto",
     ) -> MXLinear:
-        """``linear`` with its weight quantised by ``mx.quantize`` to the scheme's weight format."""
+        """``linear`` with its weight, rotated before, quantised by ``mx.quantize`` to the scheme's weight format."""
         scheme = Scheme(scheme)
-        dense = linear.weight.detach()
-        weight = dense if scheme.weight is None else quantize(dense, scheme.weight, preset=preset, backend=backend)
+        weight = quantize_weight(linear.weight, scheme.weight, "weight", rotation, preset=preset, backend=backend)
         return cls.from_tensors(
-            weight, linear.bias, activation=scheme.activation, input_scale=input_scale, backend=backend
+            weight,
+            linear.bias,
+            activation=scheme.activation,
+            input_scale=input_scale,
+            rotation=rotation,
+            backend=backend,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,6 +118,7 @@ class MXLinear(FrozenModule):
             self.bias,
             activation=self.scheme.activation,
             input_scale=getattr(self, "input_scale", None),
+            rotation=self.rotation,
             backend=self.backend,
         )
 
@@ -116,5 +126,5 @@ class MXLinear(FrozenModule):
         """The arguments, for ``print``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme}, backend={self.backend}"
+            f"scheme={self.scheme}, rotation={self.rotation}, backend={self.backend}"
         )

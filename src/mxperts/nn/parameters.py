@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxperts.formats import BlockFormat, Scheme
+from mxperts.formats import BlockFormat, Preset, Scheme
 from mxperts.ops.prepare import Weight
+from mxperts.ops.quantize import quantize
+from mxperts.rotation import check_rotation, rotate_weight
 from mxperts.tensor import MXTensor
 
 
 class FrozenModule(nn.Module):
     """A module without trainable parameters whose input scales stay float32 through ``half()`` and ``to(dtype)``.
 
-    A state dict remembers the format of its codes, as long as it is handed on as it is, and is refused by a module of
-    another format.
+    A state dict remembers the format of its codes, and by what they are rotated, as long as it is handed on as it is,
+    and is refused by a module of another format or rotation.
     """
 
     scheme: Scheme
+    rotation: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class FrozenModule(nn.Module):
 
 def _note_format(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     assert isinstance(module, FrozenModule)
-    metadata["weight_format"] = str(module.scheme.weight)
+    metadata["weight_format"] = _described(module)
 
 
 def _check_format(
@@ -68,9 +71,13 @@ def _check_format(
     errors: list[str],
 ) -> None:
     assert isinstance(module, FrozenModule)
-    found, expected = metadata.get("weight_format"), str(module.scheme.weight)
+    found, expected = metadata.get("weight_format"), _described(module)
     if found not in (None, expected):
         errors.append(f"{prefix}: the state dict holds codes of {found}, but the module's format is {expected}")
+
+
+def _described(module: FrozenModule) -> str:
+    return str(module.scheme.weight) + (f" rotated by {module.rotation}" if module.rotation else "")
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -87,6 +94,26 @@ def zero_weight(
         return torch.zeros(shape, device=device, dtype=dtype)
     packed = torch.zeros(*rows, fmt.packed_size(k), device=device, dtype=torch.uint8)
     return MXTensor(packed, torch.zeros(*rows, fmt.blocks(k), device=device, dtype=torch.uint8), fmt, k)
+
+
+def quantize_weight(
+    dense: Tensor,
+    fmt: BlockFormat | None,
+    name: str,
+    rotation: str | None,
+    *,
+    preset: Preset | str | None,
+    backend: str,
+) -> Weight:
+    """A dense weight as ``mx.quantize`` brings it to a format, rotated before; for no format rounded to its dtype.
+
+    Args:
+        name: what to call it if its rows cannot be rotated.
+    """
+    check_rotation(rotation, **{name: dense.shape[-1]})
+    dense = dense.detach()
+    values = dense if rotation is None else rotate_weight(dense)
+    return values.to(dense.dtype) if fmt is None else quantize(values, fmt, preset=preset, backend=backend)
 
 
 def unset_scale(device: torch.device | str | None) -> Tensor:

@@ -92,6 +92,7 @@ class PreparedWeights:
         interleaved: bool,
         activation_format: Activation,
         dtype: torch.dtype,
+        rotation: str | None,
         backend: str,
     ) -> PreparedExperts | None:
         """The weights of a module, prepared now if they are not yet, or no longer.
@@ -104,7 +105,7 @@ class PreparedWeights:
             canonical: gives the parameters' values from the prepared weights, but for their shapes. Must not refer to
                 the module.
             weight: the format of the weights; None for dense ones.
-            interleaved, activation_format, dtype, backend: as in ``prepare``.
+            interleaved, activation_format, dtype, rotation, backend: as in ``prepare``.
 
         Returns:
             None where the module's parameters are what the backend wants, or are not the module's own to replace.
@@ -124,6 +125,7 @@ class PreparedWeights:
             dtype=dtype,
             weight=weight,
             activation_format=activation_format,
+            rotation=rotation,
             backend=backend,
         ):
             return None
@@ -138,6 +140,7 @@ class PreparedWeights:
                     interleaved=interleaved,
                     activation_format=activation_format,
                     dtype=dtype,
+                    rotation=rotation,
                     backend=backend,
                 )
             except MxpertsError:
@@ -191,6 +194,7 @@ def has_own_layout(
     dtype: torch.dtype,
     weight: BlockFormat | None,
     activation_format: Activation,
+    rotation: str | None,
     backend: str,
 ) -> bool:
     """Whether the backend that would run these experts lays weights out in another way than parameters do.
@@ -198,7 +202,9 @@ def has_own_layout(
     Raises:
         BackendUnavailable: the named backend cannot run here.
     """
-    choice = explain(device=device, dtype=dtype, weight=weight, activation=activation_format, backend=backend)
+    choice = explain(
+        device=device, dtype=dtype, weight=weight, activation=activation_format, rotation=rotation, backend=backend
+    )
     return choice.backend.name != "reference"
 
 

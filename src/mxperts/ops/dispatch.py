@@ -15,6 +15,7 @@ from mxperts.errors import ArgumentError, BackendUnavailable
 from mxperts.formats import MXFP4, Activation, BlockFormat, parse_activation
 from mxperts.formats import format as lookup
 from mxperts.formats.naming import suggest
+from mxperts.rotation import check_rotation
 
 OPERATIONS = ("quantize", "dequantize", "fake_quantize", "mx_linear", "fused_experts")
 
@@ -29,6 +30,7 @@ class Problem:
         dtype: of the hidden states, or of the tensor to be quantised.
         weight: format of the weights; None where there are none or they are unquantised.
         activation: format that the input is quantised to, as ``Scheme.activation``.
+        rotation: by what inputs are rotated before that; None for nothing.
     """
 
     op: str
@@ -36,6 +38,7 @@ class Problem:
     dtype: torch.dtype
     weight: BlockFormat | None = None
     activation: Activation = None
+    rotation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,7 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     weight: BlockFormat | str | None = None,
     activation: Activation = None,
+    rotation: str | None = None,
     backend: str = "auto",
 ) -> Choice:
     """Which backend would run a problem, and why; ``print`` it.
@@ -195,6 +199,7 @@ def explain(
         device, dtype: of the hidden states, or of the tensor to be quantised.
         weight: weight format or its name; None for unquantised weights.
         activation: activation format or its name; None for unquantised activations.
+        rotation: as in ``fused_experts``.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -203,12 +208,14 @@ def explain(
     """
     if op not in OPERATIONS:
         raise ArgumentError(f"unknown operation {op!r}; {suggest(op, OPERATIONS)}")
+    check_rotation(rotation)
     problem = Problem(
         op=op,
         device=torch.device(device),
         dtype=dtype,
         weight=None if weight is None else lookup(weight),
         activation=parse_activation(activation),
+        rotation=rotation,
     )
     choice = resolve(backend, problem)
     return replace(choice, how=choice.backend.load("describe")(problem))

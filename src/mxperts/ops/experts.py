@@ -82,6 +82,7 @@ def fused_experts(
     expert_map: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
     accumulation: str = "auto",
+    rotation: str | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -118,6 +119,10 @@ def fused_experts(
         apply_router_weight_on_input: see above; k must be 1.
         accumulation: "exact" sums in float32 throughout; "auto" also admits integer and fp8 matrix units with exact
             operands.
+        rotation: None, or "hadamard32": both weights were rotated by ``mxperts.rotation.rotate_weight`` before they
+            were quantised, and the inputs of both projections are rotated by ``rotate_input``, in float32. What it
+            gives is quantised without being rounded in between, and rounded to the dtype of ``hidden_states`` where
+            inputs are not quantised. H and I must be multiples of 32.
         out: [T, H] in ``out_dtype``, contiguous, to be filled and returned. Must share no memory with the other
             arguments.
         out_dtype: what the sum is rounded to; None: the dtype of ``hidden_states``. The reference, which sums in
@@ -139,7 +144,7 @@ def fused_experts(
         activation, limit=swiglu_limit, alpha=swiglu_alpha, beta=swiglu_beta, linear_beta=swiglu_linear_beta
     )
     activation_format = parse_activation(activation_format)
-    weights, layout, backend = _weights(gate_up_proj, down_proj, interleaved, function, backend)
+    weights, layout, backend = _weights(gate_up_proj, down_proj, interleaved, rotation, function, backend)
     if hidden_states.shape[1] != layout.hidden:
         raise ArgumentError(
             f"hidden_states have {hidden_states.shape[1]} values a token, but gate_up_proj takes H = {layout.hidden}"
@@ -212,6 +217,7 @@ def _weights(
     gate_up_proj: Weight | PreparedExperts,
     down_proj: Weight | None,
     interleaved: bool,
+    rotation: str | None,
     function: BoundActivation,
     backend: str,
 ) -> tuple[list[Tensor], ExpertsLayout, str]:
@@ -219,7 +225,7 @@ def _weights(
     if not isinstance(gate_up_proj, PreparedExperts):
         if down_proj is None:
             raise ArgumentError("down_proj is missing; None stands in its place only beside the result of prepare")
-        layout = layout_of(gate_up_proj, down_proj, interleaved=interleaved, gated=function.gated)
+        layout = layout_of(gate_up_proj, down_proj, interleaved=interleaved, gated=function.gated, rotation=rotation)
         return canonical_tensors(gate_up_proj, down_proj), layout, backend
     layout = gate_up_proj.layout
     if down_proj is not None:
@@ -230,6 +236,8 @@ def _weights(
         )
     if interleaved != layout.interleaved:
         raise ArgumentError(f"these experts were prepared with interleaved={layout.interleaved}, not {interleaved}")
+    if rotation != layout.rotation:
+        raise ArgumentError(f"these experts were prepared with rotation={layout.rotation!r}, not {rotation!r}")
     if function.gated != layout.gated:
         raise ArgumentError(
             f"activation {function.name!r} {'needs' if function.gated else 'has no'} gate and up rows, "
@@ -449,6 +457,7 @@ def _problem(call: ExpertsCall) -> Problem:
         dtype=call.hidden_states.dtype,
         weight=call.layout.weight,
         activation=call.activation_format,
+        rotation=call.layout.rotation,
     )
 
 

@@ -15,6 +15,7 @@ from mxperts.ops.eager import is_eager
 from mxperts.ops.experts import InputScale, as_input_scale, check_scale_values
 from mxperts.ops.prepare import Weight, canonical_tensors, check_weight, weight_format
 from mxperts.ops.quantize import FLOAT_DTYPES
+from mxperts.rotation import check_rotation
 
 
 def mx_linear(
@@ -24,6 +25,7 @@ def mx_linear(
     *,
     activation: Activation = None,
     input_scale: InputScale | None = None,
+    rotation: str | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -36,6 +38,7 @@ def mx_linear(
         activation: what ``x`` is quantised to: None, a block format or its name, "fp8_static" (also "fp8") or
             "fp8_dynamic" (E4M3, one scale a token).
         input_scale: for static fp8, the scale of ``x``: a number or a float tensor with one element.
+        rotation: by what the weight was rotated and ``x`` is to be, None or "hadamard32"; see ``fused_experts``.
         out_dtype: what the result is rounded to, float32, bfloat16 or float16; None stands for the dtype of ``x``.
         backend: "auto" or a backend's name.
 
@@ -72,14 +75,15 @@ def mx_linear(
             if input_scale is None
             else f"input_scale is of use only with activation='fp8_static', not {activation}"
         )
+    check_rotation(rotation, weight=k)
     scale = None if input_scale is None else as_input_scale(input_scale, "input_scale", 1, x.device)
     fmt = weight_format(weight)
     tensors, out_dtype = canonical_tensors(weight), out_dtype or x.dtype
     if is_eager(x, bias, scale, *tensors):
-        return _execute(x, tensors, fmt, bias, activation, scale, out_dtype, backend)
+        return _execute(x, tensors, fmt, bias, activation, scale, rotation, out_dtype, backend)
     activation_name = "" if activation is None else str(activation)
     y: Tensor = _mx_linear_op(
-        x, tensors, "" if fmt is None else fmt.name, bias, activation_name, scale, out_dtype, backend
+        x, tensors, "" if fmt is None else fmt.name, bias, activation_name, scale, rotation, out_dtype, backend
     )
     return y
 
@@ -92,11 +96,12 @@ def _mx_linear_op(
     bias: Tensor | None,
     activation: str,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     f, a = lookup(fmt) if fmt else None, parse_activation(activation or None)
-    return _execute(x, weight, f, bias, a, input_scale, out_dtype, backend)
+    return _execute(x, weight, f, bias, a, input_scale, rotation, out_dtype, backend)
 
 
 def _execute(
@@ -106,14 +111,17 @@ def _execute(
     bias: Tensor | None,
     activation: Activation,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     """Look at the values, which only now are there under torch.compile, and run the backend."""
     if input_scale is not None and x.device.type == "cpu":
         check_scale_values(input_scale, "input_scale")
-    problem = Problem(op="mx_linear", device=x.device, dtype=x.dtype, weight=fmt, activation=activation)
-    y: Tensor = run(backend, problem, x, weight, fmt, bias, activation, input_scale, out_dtype)
+    problem = Problem(
+        op="mx_linear", device=x.device, dtype=x.dtype, weight=fmt, activation=activation, rotation=rotation
+    )
+    y: Tensor = run(backend, problem, x, weight, fmt, bias, activation, input_scale, rotation, out_dtype)
     return y
 
 
@@ -125,6 +133,7 @@ def _(
     bias: Tensor | None,
     activation: str,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:

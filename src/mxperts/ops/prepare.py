@@ -15,6 +15,7 @@ from mxperts.formats import Activation, BlockFormat, parse_activation
 from mxperts.formats import format as lookup
 from mxperts.ops.dispatch import Problem, resolve
 from mxperts.ops.quantize import FLOAT_DTYPES
+from mxperts.rotation import check_rotation
 from mxperts.tensor import MXTensor
 
 _T = TypeVar("_T")
@@ -32,6 +33,7 @@ class ExpertsLayout:
         experts, hidden, intermediate: E, H and I.
         gated: whether ``gate_up_proj`` has the 2I rows of a gate and an up projection, or I rows.
         interleaved: whether gate and up rows alternate; otherwise all gate rows come first.
+        rotation: by what the weights are rotated, and inputs are to be; None for nothing.
     """
 
     weight: BlockFormat | None
@@ -40,6 +42,7 @@ class ExpertsLayout:
     intermediate: int
     gated: bool
     interleaved: bool
+    rotation: str | None = None
 
     def __hash__(self) -> int:
         return self._hash  # computed once: a layout is looked up for every call
@@ -70,13 +73,13 @@ class ExpertsLayout:
     def encode(self) -> str:
         """The record as one string, for operators whose arguments must be plain; ``decode`` reads it back."""
         numbers = (self.experts, self.hidden, self.intermediate, int(self.gated), int(self.interleaved))
-        return ",".join([str(self.weight), *(str(n) for n in numbers)])
+        return ",".join([str(self.weight), *(str(n) for n in numbers), self.rotation or ""])
 
     @staticmethod
     @lru_cache
     def decode(text: str) -> ExpertsLayout:
         """The record that ``encode`` wrote."""
-        weight, experts, hidden, intermediate, gated, interleaved = text.split(",")
+        weight, experts, hidden, intermediate, gated, interleaved, rotation = text.split(",")
         return ExpertsLayout(
             weight=None if weight == "None" else lookup(weight),
             experts=int(experts),
@@ -84,6 +87,7 @@ class ExpertsLayout:
             intermediate=int(intermediate),
             gated=gated == "1",
             interleaved=interleaved == "1",
+            rotation=rotation or None,
         )
 
 
@@ -135,6 +139,7 @@ def prepare(
     interleaved: bool = False,
     activation_format: Activation = None,
     dtype: torch.dtype = torch.bfloat16,
+    rotation: str | None = None,
     backend: str = "auto",
 ) -> PreparedExperts:
     """Lay the weights of experts out as a backend wants them, once, at load.
@@ -142,6 +147,7 @@ def prepare(
     Args:
         gate_up_proj, down_proj, interleaved: as ``fused_experts`` takes them.
         activation_format, dtype: of the hidden states that they will meet; "auto" chooses the backend by them.
+        rotation: as ``fused_experts`` takes it.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -149,10 +155,10 @@ def prepare(
         memory with the arguments.
 
     Raises:
-        ArgumentError: the two weights do not fit together.
+        ArgumentError: the two weights do not fit together, or cannot be rotated.
         BackendUnavailable: the named backend cannot run here.
     """
-    layout = layout_of(gate_up_proj, down_proj, interleaved=interleaved)
+    layout = layout_of(gate_up_proj, down_proj, interleaved=interleaved, rotation=rotation)
     problem = _problem(layout, gate_up_proj.device, dtype, parse_activation(activation_format))
     chosen = resolve(backend, problem).backend
     weights = chosen.load("prepare")(canonical_tensors(gate_up_proj, down_proj), layout)
@@ -160,15 +166,21 @@ def prepare(
 
 
 def layout_of(
-    gate_up_proj: Weight, down_proj: Weight, *, interleaved: bool, gated: bool | None = None
+    gate_up_proj: Weight,
+    down_proj: Weight,
+    *,
+    interleaved: bool,
+    gated: bool | None = None,
+    rotation: str | None = None,
 ) -> ExpertsLayout:
     """The layout of two weights that fit together.
 
     Args:
         gated: what the activation function asks for; None takes either.
+        rotation: by what they are rotated.
 
     Raises:
-        ArgumentError: they do not fit together, or not to ``gated`` or ``interleaved``.
+        ArgumentError: they do not fit together, or not to ``gated``, ``interleaved`` or ``rotation``.
     """
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         check_weight(weight, name, "[E, 2I, H]" if name == "gate_up_proj" else "[E, H, I]", ndim=3)
@@ -196,6 +208,7 @@ def layout_of(
         raise ArgumentError(
             f"gate_up_proj is on {gate_up_proj.device} but down_proj on {down_proj.device}; move one of them"
         )
+    check_rotation(rotation, gate_up_proj=hidden, down_proj=intermediate)
     return ExpertsLayout(
         weight=gate_up_format,
         experts=experts,
@@ -203,6 +216,7 @@ def layout_of(
         intermediate=intermediate,
         gated=gated,
         interleaved=interleaved,
+        rotation=rotation,
     )
 
 
@@ -233,4 +247,11 @@ def canonical_tensors(*weights: Weight) -> list[Tensor]:
 
 
 def _problem(layout: ExpertsLayout, device: torch.device, dtype: torch.dtype, activation: Activation) -> Problem:
-    return Problem(op="fused_experts", device=device, dtype=dtype, weight=layout.weight, activation=activation)
+    return Problem(
+        op="fused_experts",
+        device=device,
+        dtype=dtype,
+        weight=layout.weight,
+        activation=activation,
+        rotation=layout.rotation,
+    )

@@ -22,6 +22,7 @@ from mxperts.ops.quantize import FLOAT_DTYPES, quantize
 from mxperts.quantization.choice import Methods
 from mxperts.quantization.leaves import BIAS, WEIGHT, Leaf, leaves
 from mxperts.quantization.methods.problem import Problem
+from mxperts.rotation import check_rotation, rotate_weight
 
 _CHUNK = 1 << 24
 """Values that are quantised at a time, which bounds memory."""
@@ -37,11 +38,17 @@ class Numbers:
         preset: whose recipe.
         scale_rule: instead of the preset's.
         input_scales: of static fp8 activations, by module.
+        rotation: by what weights are rotated before.
     """
 
     preset: str | None
     scale_rule: str | None
     input_scales: Mapping[str, float]
+    rotation: str | None = None
+
+    def rotated(self, weight: Tensor) -> Tensor:
+        """A weight [..., K] as it is to be quantised."""
+        return weight if self.rotation is None else rotate_weight(weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +77,8 @@ class Source:
         def quantize(part: Leaf, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
             if methods is None or methods.rounds(part.module):
                 return round_to_nearest(leaf(part), fmt, numbers)
-            problem = Problem(
-                weight=leaf(part), format=fmt, preset=numbers.preset, scale_rule=numbers.scale_rule
-            )
+            weight = numbers.rotated(leaf(part))
+            problem = Problem(weight=weight, format=fmt, preset=numbers.preset, scale_rule=numbers.scale_rule)
             t = methods.of(part.module)(problem)
             return t.packed[..., : fmt.stored_size(t.k)], t.scales
 
@@ -117,7 +123,7 @@ def make_plan(
 
     Raises:
         ArgumentError: a pattern in ``layer_schemes`` matches nothing, nothing is left to quantise, input scales are
-            missing, or the layout cannot hold one of the layers.
+            missing, the layout cannot hold one of the layers, or one cannot be rotated.
         CheckpointError: a tensor cannot be quantised; the message says why.
     """
     names = layout_of(format).NAMES
@@ -160,7 +166,7 @@ def make_plan(
 
 
 def _jobs(pieces: Sequence[Piece], names: TensorNames) -> list[Job]:
-    return [job(piece, names) for piece in (stack_experts(pieces) if names.blocked else pieces)]
+    return [job(piece, names) for piece in (stack_experts(pieces) if names.stacked else pieces)]
 
 
 def _check_input_scales(schemes: Mapping[str, Scheme], scales: Mapping[str, float]) -> None:
@@ -197,9 +203,7 @@ def _copy(source: Source, info: TensorInfo) -> Piece:
     )
 
 
-def _leaf_pieces(
-    source: Source, leaf: Leaf, scheme: Scheme, names: TensorNames, numbers: Numbers
-) -> Iterator[Piece]:
+def _leaf_pieces(source: Source, leaf: Leaf, scheme: Scheme, names: TensorNames, numbers: Numbers) -> Iterator[Piece]:
     info, fmt = leaf.source, scheme.weight if leaf.part == WEIGHT else None
     dtype = DTYPES[info.dtype]
 
@@ -208,7 +212,7 @@ def _leaf_pieces(
         role=_ROLES[leaf.part],
         scheme=_NONE if fmt is None else scheme,
         dtypes=(dtype,) if fmt is None else (torch.uint8, torch.uint8),
-        shapes=(leaf.shape,) if fmt is None else _packed_shapes(leaf, fmt),
+        shapes=(leaf.shape,) if fmt is None else _packed_shapes(leaf, fmt, numbers.rotation),
         make=(lambda: [source.leaf(leaf)]) if fmt is None else lambda: source.quantize(leaf, fmt),
         nbytes=dtype.itemsize * torch.Size(leaf.shape).numel(),
         kind=kind_of(info.name, info.shape),
@@ -230,7 +234,7 @@ def _number(value: float) -> list[Tensor]:
     return [torch.tensor(value)]
 
 
-def _packed_shapes(leaf: Leaf, fmt: BlockFormat) -> tuple[tuple[int, ...], ...]:
+def _packed_shapes(leaf: Leaf, fmt: BlockFormat, rotation: str | None) -> tuple[tuple[int, ...], ...]:
     """Shapes of codes and scales as they are stored: without the padding of a last block."""
     info = leaf.source
     if DTYPES[info.dtype] not in FLOAT_DTYPES:
@@ -240,6 +244,7 @@ def _packed_shapes(leaf: Leaf, fmt: BlockFormat) -> tuple[tuple[int, ...], ...]:
         raise CheckpointError(
             f"{info.file}: a row of {k} values of {info.name} does not fill whole bytes in {fmt}; exclude {leaf.module}"
         )
+    check_rotation(rotation, **{leaf.module: k})
     return (rows, fmt.stored_size(k)), (rows, fmt.blocks(k))
 
 
@@ -251,6 +256,6 @@ def round_to_nearest(weight: Tensor, fmt: BlockFormat, numbers: Numbers) -> tupl
     step = max(1, _CHUNK // k)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        t = quantize(weight[part], fmt, preset=numbers.preset, scale_rule=numbers.scale_rule)
+        t = quantize(numbers.rotated(weight[part]), fmt, preset=numbers.preset, scale_rule=numbers.scale_rule)
         codes[part], scales[part] = t.packed[:, : codes.shape[1]], t.scales
     return codes, scales

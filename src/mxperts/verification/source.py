@@ -16,6 +16,7 @@ from mxperts.errors import CheckpointError
 from mxperts.formats import PRESETS, Recipe, Role
 from mxperts.ops.quantize import FLOAT_DTYPES, quantize
 from mxperts.quantization.leaves import WEIGHT, Leaf, leaves
+from mxperts.rotation import rotate_weight
 from mxperts.tensor import MXTensor
 
 _CHUNK = 1 << 22
@@ -70,6 +71,7 @@ def compare_source(
     if not checkpoint.mx:
         raise CheckpointError(f"{checkpoint.path} has no quantised weights to compare with a source")
     weights = {leaf.module: leaf for group in leaves(source, NAMES).values() for leaf in group if leaf.part == WEIGHT}
+    rotation = checkpoint.scheme.rotation if checkpoint.scheme else None
     matches: dict[tuple[str, str], Match] = {}
     missing, done, file = [], 0, None
     for module in checkpoint.mx.values():
@@ -83,7 +85,7 @@ def compare_source(
             missing.append((module.name, str(error)))
             found = []
         for (name, weight), stored in zip(found, matrices(checkpoint.mx_tensor(module.name)), strict=False):
-            for preset, differing, first in _compare(weight, stored, presets, backend, device):
+            for preset, differing, first in _compare(weight, stored, presets, rotation, backend, device):
                 match = matches.setdefault(
                     (preset, stored.format.name), Match(preset=preset, format=stored.format.name)
                 )
@@ -136,7 +138,7 @@ _HALVES = {"gate_proj": 0, "up_proj": 1}
 
 
 def _compare(
-    weight: Tensor, stored: MXTensor, presets: Sequence[str], backend: str, device: str
+    weight: Tensor, stored: MXTensor, presets: Sequence[str], rotation: str | None, backend: str, device: str
 ) -> Iterator[tuple[str, int, str]]:
     """Each preset with how many blocks differ, and the first of them."""
     fmt = stored.format
@@ -148,7 +150,9 @@ def _compare(
         count, first = 0, ""
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
-            made = quantize(weight[rows].contiguous().to(device), fmt, preset=names[0], backend=backend)
+            values = weight[rows].contiguous().to(device)
+            values = values if rotation is None else rotate_weight(values)
+            made = quantize(values, fmt, preset=names[0], backend=backend)
             given = stored[rows].to(device)
             found = _differing(made, given)  # [rows, blocks]
             count += int(found.sum())

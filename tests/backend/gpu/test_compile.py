@@ -55,12 +55,13 @@ tiles = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}
 few = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}
 build(
     grouped.gate_up, "bf16", 8, **first, **bf16, **tiles,
-    ELEMENT=mxfp4, ACTIVATION=bind_activation("swigluoai"), RULE=None, STATIC=False,
+    ELEMENT=mxfp4, ACTIVATION=bind_activation("swigluoai"), ROTATED=False, RULE=None, STATIC=False,
 )
-build(
-    grouped.gate_up, "bf16", **first, **bf16, **few,
-    ELEMENT=mxfp6, ACTIVATION=bind_activation("silu"), RULE=rule, STATIC=False,
-)
+for rotated in (False, True):
+    build(
+        grouped.gate_up, "bf16", **first, **bf16, **few,
+        ELEMENT=mxfp6, ACTIVATION=bind_activation("silu"), ROTATED=rotated, RULE=rule, STATIC=False,
+    )
 build(grouped.project, "bf16", **second, **few, ELEMENT=mxfp4, DTYPE=tl.bfloat16)
 build(grouped.project, "fp32", **second, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, ELEMENT=mxfp6, DTYPE=tl.float32)
 build(grouped.sum_slots, "bf16", COLUMNS=2880, SLOTS=4, WEIGHTED=True, IN_PLACE=True, BLOCK_N=1024)

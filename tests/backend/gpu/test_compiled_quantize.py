@@ -41,9 +41,12 @@ for name, recipe, whole in (("mxfp4", Recipe(), True), ("mxfp6_e2m3", everything
     blocks = {"WHOLE": whole, "COUNT": quantize.blocks_per_program(1 << 20, 2)}
     found["quantize " + name] = assembly(quantize._quantize, RULE=rule, PIECES=quantize.PIECES, **blocks)
     found["dequantize " + name] = assembly(quantize._dequantize, ELEMENT=rule.element, **blocks)
-    found["fake_quantize " + name] = assembly(quantize._fake_quantize, RULE=rule, **blocks)
-found["fp8_static"] = assembly(quantize._fake_quantize_fp8_static, COUNT=4096)
-found["fp8_dynamic"] = assembly(quantize._fake_quantize_fp8_dynamic, ROWS=1, COLUMNS=4096, CHUNKS=2)
+    found["fake_quantize " + name] = assembly(quantize._fake_quantize, RULE=rule, ROTATED=False, **blocks)
+    found["fake_quantize rotated " + name] = assembly(quantize._fake_quantize, RULE=rule, ROTATED=True, **blocks)
+found["fp8_static"] = assembly(quantize._fake_quantize_fp8_static, COUNT=4096, ROTATED=False)
+dynamic = {"ROWS": 1, "COLUMNS": 4096, "CHUNKS": 2}
+found["fp8_dynamic"] = assembly(quantize._fake_quantize_fp8_dynamic, ROTATED=False, **dynamic)
+found["fp8_dynamic rotated"] = assembly(quantize._fake_quantize_fp8_dynamic, ROTATED=True, **dynamic)
 print(json.dumps({k: asm["ptx" if backend == "cuda" else "amdgcn"] for k, asm in found.items()}))
 """
 

@@ -21,9 +21,11 @@ from mxperts.quantization import quantize_checkpoint
 from mxperts.quantization.calibration import Calibration
 from mxperts.quantization.calibration.text import windows
 from mxperts.quantization.leaves import leaves
+from mxperts.rotation import rotate_input, rotate_weight
 
 _spec = importlib.util.spec_from_file_location("calibration_conftest", Path(__file__).with_name("conftest.py"))
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _conftest = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_conftest)
 Recorder = _conftest.Recorder
@@ -41,9 +43,7 @@ def rtn(problem: Any) -> mx.MXTensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rounding_to_nearest_is_the_same_as_without_text(
-    tmp_path: Path, family: str, calibration: Calibration
-) -> None:
+def test_rounding_to_nearest_is_the_same_as_without_text(tmp_path: Path, family: str, calibration: Calibration) -> None:
     source = FIXTURES / f"bf16-{family}"
     options: dict[str, Any] = {"exclude": ["lm_head"]}
     quantize_checkpoint(source, tmp_path / "text", "w4a4", method=rtn, calibration=calibration, **options)
@@ -85,21 +85,27 @@ class Seen:
         return torch.cat(rows), torch.cat(shares)
 
 
-def expected_moments(x: Tensor, share: Tensor | None, scheme: mx.Scheme) -> tuple[Tensor, Tensor]:
+def expected_moments(x: Tensor, share: Tensor | None, scheme: mx.Scheme, rotation: str | None) -> tuple[Tensor, Tensor]:
     """x̂ᵀx̂ and xᵀx̂ in float64, by definition."""
     assert isinstance(scheme.activation, mx.BlockFormat)
-    read = mx.fake_quantize(x, scheme.activation).double()
+    dtype = x.dtype
+    x = x if rotation is None else rotate_input(x)
+    read = mx.fake_quantize(x, scheme.activation).to(dtype).double()
     weights = torch.ones(len(x)).double() if share is None else share.double().square()
     total = weights.sum()
     return (read.T * weights) @ read / total, (x.double().T * weights) @ read / total
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_inputs_are_those_of_the_finished_model(tmp_path: Path, family: str, calibration: Calibration) -> None:
+@pytest.mark.parametrize(
+    ("family", "rotation"), [*((family, None) for family in FAMILIES), ("qwen3_moe_2l", "hadamard32")]
+)
+def test_inputs_are_those_of_the_finished_model(
+    tmp_path: Path, family: str, rotation: str | None, calibration: Calibration
+) -> None:
     source, scheme = FIXTURES / f"bf16-{family}", mx.Scheme("w_mxfp4_a_mxfp6_e2m3")
     recorder = Recorder()
     summary = quantize_checkpoint(
-        source, tmp_path / "dst", scheme, method=recorder, calibration=calibration, exclude=["lm_head"]
+        source, tmp_path / "dst", scheme, method=recorder, calibration=calibration, exclude=[], rotation=rotation
     )
     model: Any = mx.load(tmp_path / "dst", backend="reference").eval()
     seen = Seen(model, windows(calibration, source, model.config), step=2)
@@ -109,7 +115,8 @@ def test_inputs_are_those_of_the_finished_model(tmp_path: Path, family: str, cal
         for leaf in group:
             if leaf.module not in result.mx or leaf.part != ".weight":
                 continue
-            given = recorder.inputs_of(leaf.view(checkpoint.tensor(leaf.source.name)))
+            weight = leaf.view(checkpoint.tensor(leaf.source.name))
+            given = recorder.inputs_of(weight if rotation is None else rotate_weight(weight))
             expert = split_expert(leaf.module)
             share = None
             if expert is None:
@@ -118,21 +125,26 @@ def test_inputs_are_those_of_the_finished_model(tmp_path: Path, family: str, cal
                 path = expert[0].replace("block_sparse_moe", "mlp")
                 x, share = seen.routed(path, expert[1])
                 if expert[2] in SPELLINGS["down_proj"]:
-                    x = between(result, seen.modules[path], expert, x, scheme)
+                    x = between(result, seen.modules[path], expert, x, scheme, rotation)
             if given is None:
                 assert 4 * len(x) < leaf.shape[1]
                 assert leaf.module in summary.few_inputs
                 continue
-            moment, cross = expected_moments(x, share, scheme)
+            moment, cross = expected_moments(x, share, scheme, rotation)
             assert given.rows <= len(x)
             torch.testing.assert_close(given.moment.double(), moment, rtol=1e-4, atol=1e-6 * moment.abs().max().item())
             torch.testing.assert_close(given.cross.double(), cross, rtol=1e-4, atol=1e-6 * cross.abs().max().item())
-            assert torch.equal(given.amax, x.float().abs().amax(0))
+            turned = x.float() if rotation is None else rotate_input(x)
+            assert torch.equal(given.amax, turned.abs().amax(0))
             checked += 1
     assert checked >= summary.modules - len(summary.few_inputs) > 0
+    assert "lm_head" in result.mx
+    assert "lm_head" not in summary.few_inputs
 
 
-def between(result: Checkpoint, module: Any, expert: tuple[str, int, str], x: Tensor, scheme: mx.Scheme) -> Tensor:
+def between(
+    result: Checkpoint, module: Any, expert: tuple[str, int, str], x: Tensor, scheme: mx.Scheme, rotation: str | None
+) -> Tensor:
     """What the second projection of an expert reads when the first is quantised."""
     parts = []
     for group in (SPELLINGS["gate_proj"], SPELLINGS["up_proj"], SPELLINGS["gate_up_proj"]):
@@ -142,7 +154,12 @@ def between(result: Checkpoint, module: Any, expert: tuple[str, int, str], x: Te
                 bias = result.tensor(f"{leaf}.bias") if f"{leaf}.bias" in result.tensors else None
                 parts.append(
                     mx.mx_linear(
-                        x, result.mx_tensor(leaf), bias, activation=scheme.activation, backend="reference"
+                        x,
+                        result.mx_tensor(leaf),
+                        bias,
+                        activation=scheme.activation,
+                        rotation=rotation,
+                        backend="reference",
                     )
                 )
     return module.mxperts.gate.apply(torch.cat(parts, -1), interleaved=not module.is_concatenated)  # type: ignore[no-any-return]
@@ -202,7 +219,9 @@ def test_another_text_or_method_is_another_run(tmp_path: Path, calibration: Cali
         raise Interruption
 
     with pytest.raises(Interruption):
-        quantize_checkpoint(source, tmp_path / "dst", method=Recorder(interrupt), scheme="w4a4", calibration=calibration)
+        quantize_checkpoint(
+            source, tmp_path / "dst", method=Recorder(interrupt), scheme="w4a4", calibration=calibration
+        )
     other = Calibration(text=calibration.text, tokens=64, backend="reference")
     with pytest.raises(CheckpointError, match="begun with another calibration text"):
         quantize_checkpoint(source, tmp_path / "dst", method=Recorder(), scheme="w4a4", calibration=other)
@@ -219,7 +238,9 @@ def test_lost_hidden_states_are_told(tmp_path: Path, calibration: Calibration) -
             raise Interruption
 
     with pytest.raises(Interruption):
-        quantize_checkpoint(source, tmp_path / "dst", method=Recorder(interrupt), scheme="w4a4", calibration=calibration)
+        quantize_checkpoint(
+            source, tmp_path / "dst", method=Recorder(interrupt), scheme="w4a4", calibration=calibration
+        )
     shutil.rmtree(tmp_path / "dst.partial" / "calibration")
     with pytest.raises(CheckpointError, match="has lost what enters layer 0; delete the folder"):
         quantize_checkpoint(source, tmp_path / "dst", method=Recorder(), scheme="w4a4", calibration=calibration)

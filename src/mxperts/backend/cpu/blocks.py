@@ -259,7 +259,7 @@ def _to_e4m3(bits: Lanes) -> Lanes:
 # Memory. bfloat16 comes as int16 and float16 as uint16, so that the type tells which it is.
 
 
-class _Memory:
+class Memory:
     """A place in a contiguous array, where a block or the first ``count`` numbers of one are."""
 
     def __init__(self, context: Any, builder: Any, type_: Any, array: Any, at: Any = None, count: Any = None) -> None:
@@ -354,7 +354,7 @@ def quantize_block(typing: Any, x: Any, q: Any, rule: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target = (_Memory(context, builder, signature.args[i], args[i]) for i in (0, 1))
+        source, target = (Memory(context, builder, signature.args[i], args[i]) for i in (0, 1))
         elements, byte = round_to_elements(source.load(), _Rule(builder, args[2]))
         target.store_lanes(elements)
         return byte.cast(64).value
@@ -371,7 +371,7 @@ def scale_block(typing: Any, q: Any, byte: Any, out: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target = (_Memory(context, builder, signature.args[i], args[i]) for i in (0, 2))
+        source, target = (Memory(context, builder, signature.args[i], args[i]) for i in (0, 2))
         target.store(source.load(), Lanes(builder, args[1]).cast(32))
         return context.get_dummy_value()
 
@@ -383,7 +383,7 @@ def encode_block(typing: Any, q: Any, codes: Any, rule: Any) -> Any:
     """The codes of 32 elements: ``encode_block(q, codes, rule)``, float32 [32] and uint8 [32]."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target = (_Memory(context, builder, signature.args[i], args[i]) for i in (0, 1))
+        source, target = (Memory(context, builder, signature.args[i], args[i]) for i in (0, 1))
         target.store_lanes(encode(source.load(), _Rule(builder, args[2])).cast(8))
         return context.get_dummy_value()
 
@@ -399,8 +399,8 @@ def quantize_at(typing: Any, x: Any, at: Any, count: Any, packed: Any, packed_at
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source = _Memory(context, builder, signature.args[0], args[0], args[1], args[2])
-        target = _Memory(context, builder, signature.args[3], args[3], args[4])
+        source = Memory(context, builder, signature.args[0], args[0], args[1], args[2])
+        target = Memory(context, builder, signature.args[3], args[3], args[4])
         numbers = _Rule(builder, args[5])
         elements, byte = round_to_elements(source.load(), numbers)
         codes = encode(elements, numbers)
@@ -420,8 +420,8 @@ def dequantize_at(typing: Any, packed: Any, packed_at: Any, byte: Any, out: Any,
     """The values of the packed codes at ``packed_at`` under a scale byte, ``count`` of them, to ``out`` at ``at``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source = _Memory(context, builder, signature.args[0], args[0], args[1])
-        target = _Memory(context, builder, signature.args[3], args[3], args[4], args[5])
+        source = Memory(context, builder, signature.args[0], args[0], args[1])
+        target = Memory(context, builder, signature.args[3], args[3], args[4], args[5])
         numbers = _Rule(builder, args[6])
         (codes,) = _each_width(numbers, lambda bits: [_unpack(source.load_lanes(4 * bits, 8), bits)])
         target.store(decode(codes, numbers), Lanes(builder, args[2]).cast(32))
@@ -435,7 +435,7 @@ def fake_quantize_at(typing: Any, x: Any, out: Any, at: Any, count: Any, rule: A
     """Quantise the ``count`` numbers, 32 or fewer, of ``x`` from ``at`` on and dequantise them to ``out``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target = (_Memory(context, builder, signature.args[i], args[i], args[2], args[3]) for i in (0, 1))
+        source, target = (Memory(context, builder, signature.args[i], args[i], args[2], args[3]) for i in (0, 1))
         elements, byte = round_to_elements(source.load(), _Rule(builder, args[4]))
         target.store(elements, byte)
         return context.get_dummy_value()

@@ -94,6 +94,7 @@ class Settings(NamedTuple):
         kind, out_kind: dtypes of hidden states and of the result; see above.
         linear: 1 for a single projection, the second, of the first input.
         qdq: see above.
+        rotated: 1 if the inputs of both projections are rotated before that.
         planes: rows that one row of an input becomes: see ``pack``.
         marks: 1 to mark pairs whose numbers need the careful path.
         careful_only: 1 to compute only the pairs that are marked.
@@ -118,6 +119,7 @@ class Settings(NamedTuple):
     out_kind: int
     linear: int
     qdq: int
+    rotated: int
     planes: int
     marks: int
     careful_only: int

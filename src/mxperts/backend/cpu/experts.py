@@ -62,6 +62,7 @@ class _Problem:
     kind: int
     out_kind: int
     activation: Activation
+    rotation: str | None
     function: ActivationRule
     map_size: int = 0
     on_input: bool = False
@@ -126,6 +127,7 @@ def mx_linear(
     bias: Tensor | None,
     activation: Activation,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]: [..., N] in ``out_dtype``.
@@ -137,7 +139,7 @@ def mx_linear(
     rows, kind = _rows(x.reshape(-1, shape.k)), KINDS[x.dtype]
     out = torch.empty(*x.shape[:-1], shape.rows, dtype=out_dtype)
     tokens, step = rows.shape[0], max(1, MOST_SUMS // shape.rows)
-    problem = _linear_problem(shape, kind, KINDS[out_dtype], activation)
+    problem = _linear_problem(shape, kind, KINDS[out_dtype], activation, rotation)
     held = _Held()
     given = Given(
         hidden_at=rows.data_ptr(),
@@ -198,6 +200,7 @@ def _problem(
         kind=kind,
         out_kind=out_kind,
         activation=activation_format,
+        rotation=layout.rotation,
         function=activation_rule(activation),
         map_size=map_size,
         on_input=on_input,
@@ -207,7 +210,9 @@ def _problem(
 
 
 @lru_cache(maxsize=1024)
-def _linear_problem(shape: Projection, kind: int, out_kind: int, activation: Activation) -> _Problem:
+def _linear_problem(
+    shape: Projection, kind: int, out_kind: int, activation: Activation, rotation: str | None
+) -> _Problem:
     return _Problem(
         up=None,
         down=shape,
@@ -216,6 +221,7 @@ def _linear_problem(shape: Projection, kind: int, out_kind: int, activation: Act
         kind=kind,
         out_kind=out_kind,
         activation=activation,
+        rotation=rotation,
         function=_NO_FUNCTION,
     )
 
@@ -258,6 +264,7 @@ def _template(p: _Problem, path: Path, tokens: int, threads: int, careful_only: 
         out_kind=p.out_kind,
         linear=int(linear),
         qdq=qdq,
+        rotated=int(p.rotation is not None),
         planes=planes,
         marks=int(not kernels.careful),
         careful_only=int(careful_only),

@@ -20,7 +20,8 @@ from mxperts.backend.cpu.call import BF16, BLOCKS, FP16, NONE, call_at, rule_at
 from mxperts.backend.cpu.fp8 import fake_quantize_fp8
 from mxperts.backend.cpu.jit import jit
 from mxperts.backend.cpu.memory import double_byte_pointer, float_pointer
-from mxperts.backend.cpu.rule import INF
+from mxperts.backend.cpu.rotation import rotate_block
+from mxperts.backend.cpu.rule import BLOCK, INF
 
 
 @jit
@@ -81,6 +82,20 @@ def is_large(x: Any, limit: int) -> bool:
         bits = float_bits(x[i]) & 0x7FFFFFFF
         found |= limit <= bits < INF
     return found
+
+
+@jit
+def rotate_input(address: int, x: Any) -> None:
+    """Rotate, in place, whole blocks ``x``, float32 [n], of an input of the call at an address, if it asks for that.
+
+    Quantising reads the float32 numbers; where nothing is quantised, they are rounded to the input's dtype.
+    """
+    c = call_at(address)
+    if c.rotated:
+        for block in range(len(x) // BLOCK):
+            rotate_block(x[BLOCK * block : BLOCK * (block + 1)])
+        if c.qdq == NONE:
+            round_numbers(c.kind, x)
 
 
 @jit

@@ -14,7 +14,7 @@ from numba import carray
 from mxperts.backend.cpu.activation import activate_at
 from mxperts.backend.cpu.call import DYNAMIC, FP32, Call, activation_at, call_at
 from mxperts.backend.cpu.fp8 import dynamic_scale
-from mxperts.backend.cpu.inputs import is_large, load_numbers, quantize_input, round_numbers
+from mxperts.backend.cpu.inputs import is_large, load_numbers, quantize_input, rotate_input, round_numbers
 from mxperts.backend.cpu.jit import jit, native
 from mxperts.backend.cpu.layout import STRIP
 from mxperts.backend.cpu.memory import byte_pointer, call5, floats_at, long_at
@@ -70,6 +70,7 @@ def _pack_row(address: int, source: int, expert: int, routing: Any, target: int,
             for i in range(c.width):
                 row[i] *= routing
             round_numbers(c.kind, row)
+        rotate_input(address, row)
         scale = dynamic_scale(row)
     for block in range(c.blocks1):
         n = min(BLOCK, c.width - block * BLOCK)
@@ -80,6 +81,7 @@ def _pack_row(address: int, source: int, expert: int, routing: Any, target: int,
             for i in range(BLOCK):
                 x[i] *= routing
             round_numbers(c.kind, x)
+        rotate_input(address, x)
         large |= is_large(x, c.amax)
         byte = quantize_input(address, x, q, scale)
         call5(c.pack_block, (small, small + 4 * BLOCK, byte, target + block * c.block_bytes, c.x1_bytes))
@@ -138,6 +140,7 @@ def _finish(address: int, row: int, expert: int, strip: int, sums: int, small: i
     for i in range(n, STRIP):
         a[i] = np.float32(0)
     round_numbers(c.kind, a)
+    rotate_input(address, floats_at(a_at, columns))
     if c.marks and is_large(a, c.amax):
         carray(byte_pointer(c.careful_at), c.tokens * c.k)[long_at(c.order_at, row)] = 1
     width = c.blocks2 * BLOCK

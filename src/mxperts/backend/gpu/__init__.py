@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mxperts.backend.gpu.experts import fused_experts
-from mxperts.backend.gpu.paths import CUDA, choose, cuda_refuses
+from mxperts.backend.gpu.paths import CUDA, choose, refuses
 from mxperts.backend.gpu.portable import mx_linear, sum_slots
 from mxperts.backend.gpu.prepared import prepare, unprepare
 from mxperts.backend.gpu.quantize import dequantize, fake_quantize, quantize
@@ -18,8 +18,9 @@ def describe(problem: Problem | None) -> str:
         return "paths here: cuda, triton"
     if problem.op != "fused_experts":
         return "Triton kernels" + (", sums in float32" if problem.op == "mx_linear" else ", exact")
-    path = choose(problem.device)
-    why = "" if path is CUDA else f"; not path cuda: {cuda_refuses(problem.device) or 'another was asked for'}"
+    path = choose(problem.device, problem.rotation)
+    refused = refuses(problem.device, problem.rotation)
+    why = "" if path is CUDA else f"; not path cuda: {refused or 'another was asked for'}"
     unprepared = ", once they are prepared" if path is CUDA else ""
     return f"path {path.name}: {path.summary}{unprepared}{why}"
 

@@ -12,6 +12,7 @@ from mxperts.backend.gpu.activation import activate
 from mxperts.backend.gpu.convert import INTERPRET, from_float32, to_float32
 from mxperts.backend.gpu.elements import decode_weight_tile
 from mxperts.backend.gpu.qdq import fake_quantize_fp8, qdq_blocks
+from mxperts.backend.gpu.rotation import rotate_rows
 
 _TOGETHER = tl.constexpr(8)
 
@@ -99,6 +100,7 @@ def gate_up(
     ACTIVATION: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ROTATED: tl.constexpr,
     RULE: tl.constexpr,
     STATIC: tl.constexpr,
     SCALE_STEP: tl.constexpr,
@@ -118,6 +120,7 @@ def gate_up(
         COLUMNS: I.
         ROWS_OF_X: pairs that share a row of ``x``.
         DTYPE: of the operands; holds those of HIDDEN_DTYPE, quantised, exactly.
+        ROTATED: whether the result is rotated before it is quantised.
         RULE: quantisation in blocks, or None.
         STATIC: quantisation to E4M3 with a fixed scale.
     """
@@ -154,6 +157,10 @@ def gate_up(
     gate = to_float32(from_float32(gate, HIDDEN_DTYPE))
     up = to_float32(from_float32(up, HIDDEN_DTYPE))
     a = to_float32(from_float32(activate(gate, up, ACTIVATION), HIDDEN_DTYPE))  # 0 beyond the last column
+    if ROTATED:
+        a = rotate_rows(a)
+        if RULE is None and not STATIC:
+            a = to_float32(from_float32(a, HIDDEN_DTYPE))
     if RULE is not None:
         a = tl.reshape(qdq_blocks(tl.reshape(a, [BLOCK_M, BLOCK_N // 32, 32]), RULE), [BLOCK_M, BLOCK_N])
         a = to_float32(from_float32(a, HIDDEN_DTYPE))

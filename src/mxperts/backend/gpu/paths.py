@@ -90,13 +90,22 @@ def is_batch_invariant() -> bool:
     return _forced.invariant
 
 
-def choose(device: torch.device) -> Path:
+def refuses(device: torch.device, rotation: str | None) -> str | None:
+    """Why kernels in CUDA cannot run a problem; None if they can."""
+    return cuda_refuses(device) if rotation is None else f"it does not rotate inputs, as {rotation!r} asks"
+
+
+def choose(device: torch.device, rotation: str | None = None) -> Path:
     """The path that weights on a device are prepared for.
 
+    Args:
+        device: where they are.
+        rotation: by what they are rotated.
+
     Raises:
-        BackendUnavailable: the path that ``use_path`` asks for cannot run there.
+        BackendUnavailable: the path that ``use_path`` asks for cannot run there, or not such weights.
     """
-    why = cuda_refuses(device)
+    why = refuses(device, rotation)
     if _forced.path is CUDA and why is not None:
-        raise BackendUnavailable(f"path 'cuda' cannot run on {device}: {why}")
+        raise BackendUnavailable(f"path 'cuda' cannot run this on {device}: {why}")
     return _forced.path or (TRITON if why is not None else CUDA)

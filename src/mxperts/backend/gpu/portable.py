@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxperts.backend.gpu import grouped
 from mxperts.backend.gpu.paths import is_batch_invariant
-from mxperts.backend.gpu.quantize import fake_quantize, fake_quantize_fp8_dynamic, fake_quantize_fp8_static, on_device
+from mxperts.backend.gpu.quantize import fake_quantize_fp8_dynamic, fake_quantize_fp8_static, on_device, qdq_input
 from mxperts.backend.gpu.routing import group
 from mxperts.backend.gpu.rule import block_rule, element_rule
 from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Activation, BlockFormat, Role, recipe
@@ -111,6 +111,7 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
     gate_up_packed, gate_up_scales, down_packed, down_scales = (t.contiguous() for t in call.weights)
     gate_up_bias, down_bias = _as_bias(call.gate_up_bias), _as_bias(call.down_bias)
     gate_up_scale, down_scale = call.input_scales or (None, None)
+    rotated = layout.rotation is not None
     tokens, k = ids.shape
     pairs, device = tokens * k, x.device
     operand = operand_dtype(hidden_dtype, layout.weight, activation_format)
@@ -129,9 +130,9 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
         assert gate_up_scale is not None
         of_pair = gate_up_scale[groups.local.clamp(min=0)].view(pairs, 1)
         x = x.unsqueeze(1).expand(tokens, k, layout.hidden).reshape(pairs, layout.hidden)
-        x = fake_quantize_fp8_static(x, of_pair)
+        x = fake_quantize_fp8_static(x, of_pair, rotated=rotated)
     else:
-        x = _quantize_input(_rows(x), activation_format, gate_up_scale)
+        x = _quantize_input(_rows(x), activation_format, gate_up_scale, rotated=rotated)
 
     rule = None
     if isinstance(activation_format, BlockFormat):
@@ -155,6 +156,8 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
         ACTIVATION=call.activation,
         INTERLEAVED=layout.interleaved,
         HAS_BIAS=gate_up_bias is not None,
+        # a token's fp8 scale is known only when all of it is there: then it is rotated once more from what is stored
+        ROTATED=rotated and activation_format != FP8_DYNAMIC,
         RULE=rule,
         STATIC=activation_format == FP8_STATIC,
         SCALE_STEP=int(down_scale is not None and down_scale.numel() > 1),
@@ -165,7 +168,7 @@ def _run(call: ExpertsCall, x: Tensor, ids: Tensor, router: Tensor, out: Tensor)
         num_stages=tiles1.stages,
     )
     if activation_format == FP8_DYNAMIC:
-        a = fake_quantize_fp8_dynamic(a)
+        a = fake_quantize_fp8_dynamic(a, rotated=rotated)
 
     y = torch.empty(pairs, layout.hidden, dtype=torch.float32, device=device)
     grouped.project[(groups.blocks * triton.cdiv(layout.hidden, tiles2.block_n),)](
@@ -222,6 +225,7 @@ def mx_linear(
     bias: Tensor | None,
     activation: Activation,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]: [..., N] in ``out_dtype``."""
@@ -232,7 +236,7 @@ def mx_linear(
         return out
     bias, dtype = _as_bias(bias), operand_dtype(x.dtype, fmt, activation)
     with on_device(x):
-        rows = _quantize_input(_rows(x.reshape(-1, k)), activation, input_scale)
+        rows = _quantize_input(_rows(x.reshape(-1, k)), activation, input_scale, rotated=rotation is not None)
         tiles = choose_tiles(rows.shape[0], 1, dtype, gated=False)
         blocks = triton.cdiv(rows.shape[0], tiles.block_m)
         grouped.project[(blocks * triton.cdiv(columns, tiles.block_n),)](
@@ -260,17 +264,20 @@ def mx_linear(
     return out
 
 
-def _quantize_input(x: Tensor, activation: Activation, scale: Tensor | None) -> Tensor:
-    """``x`` [R, K] as the activation format holds it, in its own dtype; ``scale`` [1] is for static fp8 only."""
+def _quantize_input(x: Tensor, activation: Activation, scale: Tensor | None, *, rotated: bool) -> Tensor:
+    """``x`` [R, K], rotated first if it is to be, as the activation format holds it, in its own dtype.
+
+    ``scale`` [1] is for static fp8 only.
+    """
     if activation is None:
-        return x
+        return qdq_input(x, None, rotated=True) if rotated else x
     if activation == FP8_DYNAMIC:
-        return fake_quantize_fp8_dynamic(x)
+        return fake_quantize_fp8_dynamic(x, rotated=rotated)
     if activation == FP8_STATIC:
         assert scale is not None, "static fp8 without a scale"
-        return fake_quantize_fp8_static(x, scale)
+        return fake_quantize_fp8_static(x, scale, rotated=rotated)
     assert isinstance(activation, BlockFormat), activation
-    return fake_quantize(x, activation, recipe(activation, Role.ACTIVATION))
+    return qdq_input(x, block_rule(activation, recipe(activation, Role.ACTIVATION)), rotated=rotated)
 
 
 def _rows(x: Tensor) -> Tensor:

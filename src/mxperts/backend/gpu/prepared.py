@@ -24,9 +24,10 @@ SMALLEST_SCALE = 16
 def prepare(weights: Sequence[Tensor], layout: ExpertsLayout) -> Sequence[Tensor]:
     """Tiles of both projections, or, for the Triton path, the canonical tensors themselves.
 
-    The latter also where weights hold NaN, Inf or a scale at the ends of the range, which tiles are not made for.
+    The latter also where weights are rotated, or hold NaN, Inf or a scale at the ends of the range, which tiles are not
+    made for.
     """
-    if choose(weights[0].device) is not CUDA:
+    if choose(weights[0].device, layout.rotation) is not CUDA:
         return weights
     up, down = projections(layout)
     gate_up_packed, gate_up_scales, down_packed, down_scales = weights

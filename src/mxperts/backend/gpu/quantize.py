@@ -14,7 +14,8 @@ from mxperts.backend.gpu.convert import INTERPRET, from_float32, to_float32
 from mxperts.backend.gpu.elements import decode_codes, scale_factors
 from mxperts.backend.gpu.packing import load_codes, store_codes
 from mxperts.backend.gpu.qdq import fake_quantize_fp8, fp8_scale_of, qdq_blocks, quantize_blocks
-from mxperts.backend.gpu.rule import BLOCK, block_rule, element_rule
+from mxperts.backend.gpu.rotation import rotate_blocks, rotate_rows
+from mxperts.backend.gpu.rule import BLOCK, BlockRule, block_rule, element_rule
 from mxperts.backend.reference import fp8
 from mxperts.errors import ArgumentError
 from mxperts.formats import BlockFormat, NonFinite, Recipe, Rounding
@@ -80,26 +81,32 @@ def fake_quantize(x: Tensor, fmt: BlockFormat, recipe: Recipe, generator: torch.
     if recipe.rounding is Rounding.STOCHASTIC:
         return reference.fake_quantize(x, fmt, recipe, generator)
     _refuse(x, recipe)
+    return qdq_input(x, block_rule(fmt, recipe), rotated=False)
+
+
+def qdq_input(x: Tensor, rule: BlockRule | None, *, rotated: bool) -> Tensor:
+    """``x`` [..., K] in its dtype, rotated first if it is to be, then quantised and dequantised by a rule, if any."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         rows, k = _rows(x), x.shape[-1]
-        blocks = rows.shape[0] * fmt.blocks(k)
+        blocks = rows.shape[0] * triton.cdiv(k, BLOCK)
         count = blocks_per_program(blocks, x.element_size())
         with on_device(x):
             _fake_quantize[(triton.cdiv(blocks, count),)](
-                rows, out, blocks, k, rows.stride(0), block_rule(fmt, recipe), _whole(rows), count,
+                rows, out, blocks, k, rows.stride(0), rule, _whole(rows), count, rotated,
                 num_warps=WARPS,
             )  # fmt: skip
     return out
 
 
-def fake_quantize_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
+def fake_quantize_fp8_static(x: Tensor, scale: Tensor, *, rotated: bool = False) -> Tensor:
     """``q * scale`` with ``q`` the E4M3 number nearest to ``x / scale``, ties to even, in the dtype of ``x``.
 
     Args:
         x: [..., K].
         scale: float32, above 0, broadcast against ``x``. One that differs along the last dimension is left to the
             reference.
+        rotated: whether ``x`` is to be rotated first; K is then a multiple of 32.
 
     Returns:
         Beyond ±448 * scale, Inf included, values saturate; NaN stays NaN; zeros keep their sign.
@@ -117,11 +124,13 @@ def fake_quantize_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
     count = min(triton.next_power_of_2(run), BLOCK * blocks_per_program(-(-x.numel() // BLOCK), x.element_size()))
     chunks = triton.cdiv(run, count)
     with on_device(x):
-        _fake_quantize_fp8_static[(scale.numel() * chunks,)](x, scale, out, run, chunks, count, num_warps=WARPS)
+        _fake_quantize_fp8_static[(scale.numel() * chunks,)](
+            x, scale, out, run, chunks, count, rotated, num_warps=WARPS
+        )
     return out
 
 
-def fake_quantize_fp8_dynamic(x: Tensor) -> Tensor:
+def fake_quantize_fp8_dynamic(x: Tensor, *, rotated: bool = False) -> Tensor:
     """As ``fake_quantize_fp8_static``, with one scale a token: amax / 448 over the last dimension, in float32.
 
     A scale of 0, that of zeros or of a token within 2^-141 of them, counts as 1 and gives zeros. A NaN or an Inf makes
@@ -135,7 +144,7 @@ def fake_quantize_fp8_dynamic(x: Tensor) -> Tensor:
         rows = min(max(few // columns, 1), triton.next_power_of_2(tokens.shape[0]))
         with on_device(x):
             _fake_quantize_fp8_dynamic[(triton.cdiv(tokens.shape[0], rows),)](
-                tokens, out, tokens.shape[0], k, tokens.stride(0), rows, columns, triton.cdiv(k, columns),
+                tokens, out, tokens.shape[0], k, tokens.stride(0), rows, columns, triton.cdiv(k, columns), rotated,
                 num_warps=WARPS if columns <= few else 2 * WARPS,
             )  # fmt: skip
     return out
@@ -232,16 +241,23 @@ def _dequantize(
 
 
 @triton.jit
-def _fake_quantize(x_ptr, out_ptr, blocks, k, row_stride, RULE: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr):
+def _fake_quantize(
+    x_ptr, out_ptr, blocks, k, row_stride,
+    RULE: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
     at = _place(blocks, k, row_stride, WHOLE, COUNT, 1)
     x = to_float32(tl.load(x_ptr + at[2] + at[3], mask=at[4], other=0.0))
-    values = from_float32(qdq_blocks(x, RULE), out_ptr.dtype.element_ty)
+    if ROTATED:
+        x = tl.reshape(rotate_blocks(tl.reshape(x, [COUNT, _BLOCK])), [COUNT, 1, _BLOCK])
+    if RULE is not None:
+        x = qdq_blocks(x, RULE)
+    values = from_float32(x, out_ptr.dtype.element_ty)
     at = _place(blocks, k, k, WHOLE, COUNT, 1)  # without the gaps that there may be between rows of x
     tl.store(out_ptr + at[2] + at[3], values, mask=at[4])
 
 
 @triton.jit
-def _fake_quantize_fp8_static(x_ptr, scale_ptr, out_ptr, run, chunks, COUNT: tl.constexpr):
+def _fake_quantize_fp8_static(x_ptr, scale_ptr, out_ptr, run, chunks, COUNT: tl.constexpr, ROTATED: tl.constexpr):
     """Numbers in runs that share a scale; a program takes COUNT of them, or what is left of its run."""
     program = tl.program_id(0).to(tl.int64)
     group = program // chunks
@@ -250,14 +266,17 @@ def _fake_quantize_fp8_static(x_ptr, scale_ptr, out_ptr, run, chunks, COUNT: tl.
     mask = columns < run - start
     at = group * run + start
     x = to_float32(tl.load(x_ptr + at + columns, mask=mask, other=0.0))
+    if ROTATED:
+        x = tl.reshape(rotate_blocks(tl.reshape(x, [COUNT // _BLOCK, _BLOCK])), [COUNT])
     values = fake_quantize_fp8(x, tl.load(scale_ptr + group))
     tl.store(out_ptr + at + columns, from_float32(values, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _fake_quantize_fp8_dynamic(
-    x_ptr, out_ptr, tokens, k, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr
-):
+    x_ptr, out_ptr, tokens, k, row_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
     """Whole tokens; long ones are read once for the largest magnitude and once, from the cache, to be rounded.
 
     Magnitudes are compared as integers: there NaN is above Inf.
@@ -270,6 +289,8 @@ def _fake_quantize_fp8_dynamic(
     if CHUNKS == 1:
         mask = exists & (columns < k)
         x = to_float32(tl.load(x_at, mask=mask, other=0.0))
+        if ROTATED:
+            x = rotate_rows(x)
         scale = fp8_scale_of(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))[:, None]
         tl.store(out_at, from_float32(fake_quantize_fp8(x, scale), out_type), mask=mask)
         return
@@ -277,6 +298,8 @@ def _fake_quantize_fp8_dynamic(
     for chunk in range(0, CHUNKS):
         start = chunk * COLUMNS
         x = to_float32(tl.load(x_at + start, mask=exists & (columns < k - start), other=0.0))
+        if ROTATED:
+            x = rotate_rows(x)
         magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         amax = tl.maximum(amax, tl.max(magnitude, axis=1))
     scale = fp8_scale_of(amax)[:, None]
@@ -284,4 +307,6 @@ def _fake_quantize_fp8_dynamic(
         start = chunk * COLUMNS
         mask = exists & (columns < k - start)
         x = to_float32(tl.load(x_at + start, mask=mask, other=0.0))
+        if ROTATED:
+            x = rotate_rows(x)
         tl.store(out_at + start, from_float32(fake_quantize_fp8(x, scale), out_type), mask=mask)

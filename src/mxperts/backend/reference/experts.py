@@ -24,10 +24,11 @@ def fused_experts(call: ExpertsCall, out: Tensor) -> None:
     if call.router_weight_on_input:
         x = (x.to(torch.float32) * routing).to(x.dtype)
         routing = torch.ones_like(routing)
+    rotation = call.layout.rotation
     gate_up_scale, down_scale = call.input_scales or (None, None)
     scale_per_expert = gate_up_scale is not None and gate_up_scale.numel() > 1
     if not scale_per_expert:
-        x = quantize_input(x, call.activation_format, gate_up_scale)
+        x = quantize_input(x, call.activation_format, gate_up_scale, rotation)
 
     local = local_experts(call.top_k_index, call.expert_map, call.layout.experts)  # [T, k]
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
@@ -35,11 +36,11 @@ def fused_experts(call: ExpertsCall, out: Tensor) -> None:
         token, slot = torch.nonzero(local == expert, as_tuple=True)
         rows = x[token]
         if scale_per_expert:
-            rows = quantize_input(rows, call.activation_format, _scale_of(gate_up_scale, expert))
+            rows = quantize_input(rows, call.activation_format, _scale_of(gate_up_scale, expert), rotation)
         gate_up, down = expert_weights(call.weights, expert)
         h = round_once(project(rows, gate_up, call.layout.weight, _row(call.gate_up_bias, expert)), x.dtype)
         a = activate(h, call.activation, interleaved=call.layout.interleaved)
-        a = quantize_input(a, call.activation_format, _scale_of(down_scale, expert))
+        a = quantize_input(a, call.activation_format, _scale_of(down_scale, expert), rotation)
         y = project(a, down, call.layout.weight, _row(call.down_bias, expert))
         total.index_add_(0, token, y * routing[token, slot].unsqueeze(-1))
     out.copy_(total if out.dtype is torch.float64 else round_once(total, out.dtype))

@@ -15,6 +15,7 @@ from torch import Tensor
 from mxperts.backend.reference.fp8 import fake_quantize_dynamic, fake_quantize_static
 from mxperts.backend.reference.quantize import CHUNK, dequantize, fake_quantize
 from mxperts.formats import FP8_DYNAMIC, FP8_STATIC, Activation, BlockFormat, Role, recipe
+from mxperts.rotation import rotate_input
 
 
 def mx_linear(
@@ -24,14 +25,17 @@ def mx_linear(
     bias: Tensor | None,
     activation: Activation,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]: [..., N] in ``out_dtype``."""
-    return round_once(project(quantize_input(x, activation, input_scale), weight, fmt, bias), out_dtype)
+    return round_once(project(quantize_input(x, activation, input_scale, rotation), weight, fmt, bias), out_dtype)
 
 
-def quantize_input(x: Tensor, activation: Activation, scale: Tensor | None) -> Tensor:
-    """``x`` as the activation format holds it, in its own dtype; ``scale`` is for static fp8 only."""
+def quantize_input(x: Tensor, activation: Activation, scale: Tensor | None, rotation: str | None = None) -> Tensor:
+    """``x``, rotated, as the activation format holds it, in its own dtype; ``scale`` is for static fp8 only."""
+    if rotation is not None:
+        return quantize_input(rotate_input(x), activation, scale).to(x.dtype)
     if activation is None:
         return x
     if activation == FP8_DYNAMIC:

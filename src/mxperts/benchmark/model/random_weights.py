@@ -89,7 +89,7 @@ def write_random_model(
         name: of ``ARCHITECTURES``.
         folder: to be made.
         layers: how many.
-        scheme: of the experts; gpt-oss's layout has ``w_mxfp4`` only.
+        scheme: of the experts; gpt-oss's layout has ``w_mxfp4`` only, others also ``none``, which is bf16.
         seed: of the weights.
         **sizes: other sizes than the real model's, by their names in its config.
 
@@ -101,8 +101,10 @@ def write_random_model(
     if layers < 1:
         raise ArgumentError(f"a model has at least one layer, not {layers}")
     architecture, scheme = ARCHITECTURES[name], Scheme(scheme)
-    if scheme.weight is None or (architecture.fused and scheme != Scheme.of(MXFP4)):
+    if architecture.fused and scheme != Scheme.of(MXFP4):
         raise ArgumentError(f"experts of {name} are stored as w_mxfp4, not as {scheme}")
+    if scheme.weight is None and scheme.activation is not None:
+        raise ArgumentError(f"{scheme} quantises no weights; a checkpoint cannot hold activations alone")
     if scheme.activation == FP8_STATIC:
         raise ArgumentError("static fp8 needs calibrated scales, which random models do not have; take fp8_dynamic")
     config = _config(architecture, layers, sizes)
@@ -120,7 +122,8 @@ def write_random_model(
             tensors.append(experts.tensors())
         shard = "model-embeddings.safetensors" if layer is None else f"model-layer-{layer:03d}.safetensors"
         writer.write_shard(shard, entries, (t for part in tensors for t in part))
-    writer.finish(config.to_dict() | {"quantization_config": _quantization(architecture, scheme)})
+    quantization = {"quantization_config": _quantization(architecture, scheme)} if scheme.weight is not None else {}
+    writer.finish(config.to_dict() | quantization)
 
 
 def _config(architecture: Architecture, layers: int, sizes: Mapping[str, int]) -> Any:
@@ -167,7 +170,7 @@ class _Experts:
     """The tensors of one layer's experts."""
 
     def __init__(
-        self, config: Any, architecture: Architecture, fmt: BlockFormat, prefix: str, generator: torch.Generator
+        self, config: Any, architecture: Architecture, fmt: BlockFormat | None, prefix: str, generator: torch.Generator
     ) -> None:
         self._fused, self._format, self._prefix, self._generator = architecture.fused, fmt, prefix, generator
         self._experts: int = getattr(config, architecture.experts)
@@ -177,6 +180,12 @@ class _Experts:
     def entries(self) -> list[Entry]:
         """What ``tensors`` gives, in its order."""
         e, h, i, fmt = self._experts, self._hidden, self._intermediate, self._format
+        if fmt is None:
+            return [
+                Entry(name=f"{self._prefix}.{expert}.{name}.weight", dtype=torch.bfloat16, shape=(rows, k))
+                for expert in range(e)
+                for name, rows, k in (("gate_proj", i, h), ("up_proj", i, h), ("down_proj", h, i))
+            ]
         if self._fused:
             entries = []
             for name, rows, k in (("gate_up_proj", 2 * i, h), ("down_proj", h, i)):
@@ -197,6 +206,10 @@ class _Experts:
     def tensors(self) -> Iterator[Tensor]:
         """Random codes, scales and biases; one projection is in memory at a time where experts are stored together."""
         e, h, i, fmt = self._experts, self._hidden, self._intermediate, self._format
+        if fmt is None:
+            shapes = {f"{expert}.{part}": (h, i) if part == 2 else (i, h) for expert in range(e) for part in range(3)}
+            yield from _random(shapes, self._generator)
+            return
         if self._fused:
             for rows, k in ((2 * i, h), (h, i)):
                 weight = random_weight((e, rows, k), fmt, self._generator)

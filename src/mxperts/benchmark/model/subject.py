@@ -74,6 +74,7 @@ def subject_of(path_or_id: str, scheme: str | None = None, *, name: str | None =
         if scheme is not None:
             raise ArgumentError(f"{path_or_id} is quantised already; leave scheme out")
         text = ", ".join(dict.fromkeys(rule.scheme.name for rule in found.rules if rule.scheme.weight))
+        text += f" rotated by {found.rotation}" if found.rotation else ""
     else:
         on_the_fly = Scheme(scheme or "w_mxfp4")
         text = on_the_fly.name

@@ -9,10 +9,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxperts.checkpoint import parse
 from mxperts.checkpoint.layout import ModelScheme
+from mxperts.checkpoint.rotated import QUANT_METHOD
 from mxperts.errors import CheckpointError
 
-QUANT_METHOD = "mxperts"
-"""The name of our quantiser in Transformers' registry; checkpoints keep their own ``quant_method``."""
+_WRAPPED = "quantization_config"
+"""Where a wrapped config holds the checkpoint's own."""
 
 
 class MXConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -36,8 +37,8 @@ class MXConfig(QuantizationConfigMixin):  # type: ignore[misc]
             CheckpointError: it is not an MX config, or says something that is not supported.
         """
         backend = "auto"
-        if config_dict.get("quant_method") == QUANT_METHOD:
-            config_dict, backend = config_dict["config"], config_dict["backend"]
+        if _WRAPPED in config_dict:
+            config_dict, backend = config_dict[_WRAPPED], config_dict["backend"]
         scheme = parse(dict(config_dict))
         if scheme is None:
             raise CheckpointError(f"not an MX quantization_config: quant_method {config_dict.get('quant_method')!r}")
@@ -47,7 +48,7 @@ class MXConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @staticmethod
     def wrap(config: Mapping[str, Any], backend: str) -> dict[str, Any]:
         """A ``quantization_config`` that Transformers hands to us whatever ``quant_method`` it names."""
-        return {"quant_method": QUANT_METHOD, "config": dict(config), "backend": backend}
+        return {"quant_method": QUANT_METHOD, _WRAPPED: dict(config), "backend": backend}
 
     def to_dict(self) -> dict[str, Any]:
         """The checkpoint's own ``quantization_config``, as it was read."""

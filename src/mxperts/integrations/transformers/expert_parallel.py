@@ -75,7 +75,7 @@ class MXExpertParallel(EPImplementation):  # type: ignore[misc]
         wire = Wire(
             hidden=hidden,
             dtype=dtype,
-            activation=packed.activation,
+            activation=packed.activation if packed.rotation is None else None,  # it quantises what it has rotated
             input_scale=None if packed.input_scales is None else packed.input_scales[0],
             backend=packed.backend,
         )

@@ -56,6 +56,7 @@ class Stacked:
     Attributes:
         up, down: the projections.
         activation: what both projections' inputs are quantised to.
+        rotation: by what the weights are rotated and both inputs are to be.
         interleaved: whether the rows of gate and up alternate.
         backend: "auto" or a backend's name.
         gate: the module's activation function, or None for one that only the module itself can compute.
@@ -68,6 +69,7 @@ class Stacked:
     activation: Activation
     interleaved: bool
     backend: str
+    rotation: str | None = None
     gate: Gate | None = None
     input_scales: tuple[float, float] | None = None
     prepared: PreparedWeights = field(default_factory=PreparedWeights, repr=False)
@@ -150,6 +152,7 @@ def prepare_weights(module: ExpertsModule, dtype: torch.dtype) -> PreparedExpert
         interleaved=packed.interleaved,
         activation_format=packed.activation,
         dtype=dtype,
+        rotation=packed.rotation,
         backend=packed.backend,
     )
 
@@ -190,6 +193,7 @@ def needs_preparing(module: nn.Module, dtype: torch.dtype) -> bool:
             dtype=dtype,
             weight=packed.up.format,
             activation_format=packed.activation,
+            rotation=packed.rotation,
             backend=packed.backend,
         )
     except BackendUnavailable:  # on this device; the model may be moved to another before it runs
@@ -249,7 +253,12 @@ def backend_of(module: ExpertsModule, device: torch.device, dtype: torch.dtype) 
     """The backend that sums up each token's experts: the one that runs them, or the reference for one by one."""
     packed: Stacked = module.mxperts
     problem = Problem(
-        op="fused_experts", device=device, dtype=dtype, weight=packed.up.format, activation=packed.activation
+        op="fused_experts",
+        device=device,
+        dtype=dtype,
+        weight=packed.up.format,
+        activation=packed.activation,
+        rotation=packed.rotation,
     )
     return resolve(packed.backend if runs_fused(module) else "reference", problem).backend
 
@@ -304,6 +313,7 @@ def _fused(
         down_bias=getattr(module, "down_proj_bias", None),
         interleaved=packed.interleaved,
         input_scales=packed.input_scales,
+        rotation=packed.rotation,
         out_dtype=out_dtype,
         backend=packed.backend,
         **gate.constants,
@@ -368,6 +378,7 @@ def _projections(module: ExpertsModule, packed: Stacked | Apart, expert: int) ->
             None if bias is None else bias[expert],
             activation=packed.activation,
             input_scale=scale,
+            rotation=packed.rotation,
             out_dtype=dtype,
             backend=packed.backend,
         )

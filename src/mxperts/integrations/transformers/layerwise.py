@@ -68,9 +68,7 @@ class LayerwiseModel:
             )
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.eval().requires_grad_(False)
         self.dtype, self.device, self.trust_remote_code = dtype, device, trust_remote_code
         self._names = dict(self.model.state_dict())
@@ -158,14 +156,16 @@ class LayerwiseModel:
 
         Args:
             ids: int64 [B, S].
-            index: of the layer; the number of layers stands for what comes after the last.
-            layer: called with the hidden states that come out of the embedding, and all that the model gives this layer.
+            index: of the layer. The number of layers stands for what comes after the last: that is run on what
+                ``layer`` gives, until something stops it.
+            layer: called with the hidden states that come out of the embedding, and all else that this layer is given.
 
         Returns:
-            What ``layer`` gives; what comes after it in the model is not run, unless ``index`` is the number of layers.
+            What ``layer`` gives; what comes after it in the model is not run.
         """
         for number, module in enumerate(self.layers):
-            module.forward = _Stop(layer) if number == index else _pass
+            last = number == index - 1 == len(self.layers) - 1
+            module.forward = layer if last else _Stop(layer) if number == index else _pass
         try:
             self.model(input_ids=ids.to(self.device), use_cache=False)
         except _Reached as reached:
@@ -189,7 +189,7 @@ class LayerwiseModel:
                         module._buffers[name] = module._buffers[name].to(self.device)
 
 
-class _Reached(Exception):  # noqa: N818 - not an error
+class _Reached(Exception):
     """The model's forward pass has come to where it is to stop."""
 
     def __init__(self, output: Tensor) -> None:

@@ -22,6 +22,7 @@ class StoredLinear(nn.Module):
         codes: name, shape and dtype of the codes' parameter; scales likewise.
         block_rows: rows of the weight that share their scales.
         input_scale: shape and dtype of the static fp8 input scale, if there is one.
+        rotation: by what the weight is rotated and the input is to be.
         backend: "auto" or a backend's name.
     """
 
@@ -35,11 +36,13 @@ class StoredLinear(nn.Module):
         scales: tuple[str, tuple[int, ...], torch.dtype],
         block_rows: int = 1,
         input_scale: tuple[tuple[int, ...], torch.dtype] | None = None,
+        rotation: str | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
         self.format, self.activation, self.backend = fmt, activation, backend
+        self.rotation = rotation
         self.codes, self.scales = codes[0], scales[0]
         self.block_rows = block_rows
         self.static_scale: float | None = None
@@ -67,6 +70,7 @@ class StoredLinear(nn.Module):
             self.bias,
             activation=self.activation,
             input_scale=self.static_scale,
+            rotation=self.rotation,
             out_dtype=out_dtype,
             backend=self.backend,
         )
@@ -74,4 +78,4 @@ class StoredLinear(nn.Module):
     def extra_repr(self) -> str:
         """For ``print``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, format={self.format}, activation={self.activation}"
+        return f"{sizes}, format={self.format}, activation={self.activation}, rotation={self.rotation}"

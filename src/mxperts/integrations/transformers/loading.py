@@ -11,19 +11,24 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
 
-from mxperts.checkpoint import LAYOUTS, Checkpoint, ModelScheme, Rule, is_mx, quark
+from mxperts.checkpoint import LAYOUTS, Checkpoint, ModelScheme, Rule, is_mx, quark, rotated
+from mxperts.checkpoint.rotated import QUANT_METHOD
 from mxperts.errors import ArgumentError, CheckpointError
 from mxperts.formats import Scheme
 from mxperts.integrations import hooks
-from mxperts.integrations.transformers.config import QUANT_METHOD, MXConfig
+from mxperts.integrations.transformers.config import MXConfig
 from mxperts.integrations.transformers.parameters import check_complete
 from mxperts.integrations.transformers.quantizer import MXQuantizer, expert_parallel, has_expert_parallel
 from mxperts.ops.dispatch import explain
 from mxperts.ops.quantize import FLOAT_DTYPES
 from mxperts.quantization.checkpoint import excluded_patterns
+from mxperts.rotation import check_rotation
 
 register_quantization_config(QUANT_METHOD)(MXConfig)
 register_quantizer(QUANT_METHOD)(MXQuantizer)
+TAKEN_OVER = tuple(method for method in LAYOUTS if method != QUANT_METHOD)
+"""The ``quant_method`` of other software that ``install`` takes over."""
+
 if has_expert_parallel():
     expert_parallel()  # registers our implementation
 
@@ -52,6 +57,7 @@ def load(
     *,
     scheme: Scheme | str | None = None,
     exclude: Iterable[str] | None = None,
+    rotation: str | None = None,
     backend: str = "auto",
     dtype: torch.dtype | str = "auto",
     **kwargs: Any,
@@ -63,6 +69,7 @@ def load(
         scheme: quantise an unquantised checkpoint to this, such as "w_mxfp4_a_mxfp6_e2m3"; needs transformers >= 5.23.
         exclude: with ``scheme``, modules to leave alone: names, globs, or ``re:`` and a regular expression. By default
             all but the projections of experts and MLPs, as in ``quantize_checkpoint``.
+        rotation: with ``scheme``, what to rotate weights by before they are quantised, and inputs: "hadamard32".
         backend: what runs the quantised modules: "auto" or a backend's name.
         dtype: of everything that is not quantised, and of hidden states; "auto" takes the checkpoint's.
         **kwargs: for Transformers' ``from_pretrained``. With ``distributed_config``, a ``DistributedConfig`` whose
@@ -76,14 +83,17 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or its config says something that is not supported.
-        ArgumentError: ``scheme`` for a checkpoint that is quantised already, ``exclude`` without ``scheme`` or with a
-            pattern that matches nothing, or an argument of ``from_pretrained`` that this function decides itself; or a
-            model that cannot be spread as ``distributed_config`` asks.
+        ArgumentError: ``scheme`` for a checkpoint that is quantised already, ``exclude`` or ``rotation`` without
+            ``scheme``, a pattern that matches nothing, rows that cannot be rotated, an argument of ``from_pretrained``
+            that this function decides itself, or a model that cannot be spread as ``distributed_config`` asks.
         BackendUnavailable: the backend cannot run here; or too old a Transformers for quantising while loading, or for
             ``distributed_config``.
     """
     if scheme is None and exclude is not None:
         raise ArgumentError("exclude is of use only with scheme: a quantised checkpoint says itself what is quantised")
+    if scheme is None and rotation is not None:
+        raise ArgumentError("rotation is of use only with scheme: a quantised checkpoint says itself what is rotated")
+    check_rotation(rotation)
     for name, advice in NOT_TAKEN.items():
         if name in kwargs:
             raise ArgumentError(f"mx.load takes no {name}: {advice}")
@@ -98,7 +108,7 @@ def load(
             raise ArgumentError(
                 f"{path_or_id} is quantised already (quant_method {found.get('quant_method')!r}); leave scheme out"
             )
-        kwargs["quantization_config"] = MXConfig(on_the_fly(Scheme(scheme), exclude), backend)
+        kwargs["quantization_config"] = MXConfig(on_the_fly(Scheme(scheme), exclude, rotation), backend)
     elif found is not None and is_mx(found):
         config.quantization_config = MXConfig.wrap(found, backend)
     elif found is not None and found.get("quant_method") not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -120,10 +130,12 @@ def _check_folder(path_or_id: str | Path, subfolder: str) -> None:
         raise CheckpointError(f"{folder} is no folder; name a checkpoint's folder, or a model's id on the hub")
 
 
-def on_the_fly(scheme: Scheme, exclude: Iterable[str] | None) -> ModelScheme:
-    """Quantise everything but what ``exclude`` names, as a checkpoint in AMD Quark's layout would say it."""
+def on_the_fly(scheme: Scheme, exclude: Iterable[str] | None, rotation: str | None = None) -> ModelScheme:
+    """Quantise everything but what ``exclude`` names, as a checkpoint in AMD Quark's layout, or our own, would say."""
     excluded = [Rule(pattern=p, scheme=Scheme("none")) for p in excluded_patterns(exclude)]
     rules = [*excluded, Rule(pattern="*", scheme=scheme)]
+    if rotation is not None:
+        return rotated.parse(rotated.write(rules, rotation=rotation))
     return ModelScheme(layout=quark.NAME, names=quark.NAMES, rules=rules, config=quark.write(rules))
 
 
@@ -133,7 +145,7 @@ def install() -> None:
     Checkpoints of AMD Quark, compressed-tensors and gpt-oss whose weights are in MX formats are taken over; all others,
     such as integer formats of the same software, are left to Transformers. Calling it again changes nothing.
     """
-    for method, hook in zip(LAYOUTS, hooks_of_install(), strict=True):
+    for method, hook in zip(TAKEN_OVER, hooks_of_install(), strict=True):
         stock = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
         if not issubclass(stock, _TakenOver):
             # Transformers compares these classes by name, so ours keeps that of the one it stands in for.
@@ -151,7 +163,7 @@ def hooks_of_install() -> list[hooks.Hook]:
             by=f"{MXConfig.__module__}.{MXConfig.__name__} for configs in MX formats",
             why="Transformers cannot load them, or unpacks them, or leaves activations unquantised",
         )
-        for method in LAYOUTS
+        for method in TAKEN_OVER
     ]
 
 

@@ -25,6 +25,7 @@ from mxperts.integrations.transformers.linear import StoredLinear
 from mxperts.integrations.transformers.parameters import add_parameter, experts_component, merge_experts
 from mxperts.ops.quantize import quantize
 from mxperts.quantization.checkpoint import ALWAYS_EXCLUDED, DEFAULT_EXCLUDE
+from mxperts.rotation import check_rotation, rotate_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,15 @@ class Target:
     Attributes:
         format: to this.
         scales: the parameter's name of the scales.
+        shape: of the codes.
+        rotation: what to rotate it by before.
         transpose: whether the weight arrives as [E, K, N].
     """
 
     format: BlockFormat
     scales: str
+    shape: tuple[int, ...]
+    rotation: str | None = None
     transpose: bool = False
 
 
@@ -49,14 +54,15 @@ def prepare_for_quantization(
 
     Args:
         model: on the meta device, as Transformers builds it.
-        scheme: what to quantise, to what; its names are AMD Quark's.
+        scheme: what to quantise, to what; its names are AMD Quark's, or those of our own layout.
         backend: which backend will run it.
 
     Returns:
         The conversions by which the model is saved as AMD Quark would store it, and the parameters to be quantised.
 
     Raises:
-        ArgumentError: static fp8, which needs calibrated scales; or experts of one layer would differ in format.
+        ArgumentError: static fp8, which needs calibrated scales; experts of one layer would differ in format; or rows
+            that cannot be rotated.
     """
     converters: dict[str, WeightConverter] = {}
     targets: dict[str, Target] = {}
@@ -66,12 +72,15 @@ def prepare_for_quantization(
         if is_experts(module):
             found = _experts_scheme(path, module, scheme)
             if found.weight is not None:
-                targets |= _pack_experts(model, path, module, found, backend, converters)
+                targets |= _pack_experts(model, path, module, found, scheme, backend, converters)
         elif type(module) is nn.Linear and f"{path}.weight" not in tied:
             found = _check(path, scheme.scheme_of(path))
             if found.weight is not None:
-                model.set_submodule(path, _linear(path, module, found, backend))
-                targets[f"{path}.weight"] = Target(format=found.weight, scales=f"{path}.weight_scale")
+                shape = (module.out_features, *_row(path, found.weight, module.in_features, scheme))
+                model.set_submodule(path, _linear(module, found, shape, scheme.rotation, backend))
+                targets[f"{path}.weight"] = Target(
+                    format=found.weight, scales=f"{path}.weight_scale", shape=shape, rotation=scheme.rotation
+                )
     if not targets:
         raise ArgumentError(f"nothing in {type(model).__name__} is left to quantise: exclude less")
     return list(converters.values()), targets
@@ -118,10 +127,10 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         target = self.targets[full_layer_name]
         if target.transpose:
             weight = weight.transpose(-1, -2)
-        mx = quantize(weight, target.format)
+        mx = quantize(weight if target.rotation is None else rotate_weight(weight), target.format)
         if missing_keys is not None:
             missing_keys.discard(target.scales)
-        codes = mx.packed[..., : target.format.stored_size(mx.k)].contiguous()
+        codes = mx.packed[..., : target.format.stored_size(mx.k)].reshape(target.shape)
         tensors = {full_layer_name: codes, target.scales: mx.scales}
         return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
@@ -143,15 +152,16 @@ def _projections(module: ExpertsModule) -> tuple[str, ...]:
     return ("gate_proj", "up_proj", "down_proj") if module.has_gate else ("up_proj", "down_proj")
 
 
-def _width(path: str, fmt: BlockFormat, k: int) -> int:
-    """Bytes of a row of codes.
+def _row(path: str, fmt: BlockFormat, k: int, scheme: ModelScheme) -> tuple[int, ...]:
+    """Shape of a row of codes.
 
     Raises:
-        ArgumentError: a row does not fill whole bytes, which no checkpoint can hold.
+        ArgumentError: a row does not fill whole bytes, which no checkpoint can hold, or cannot be rotated.
     """
     if k * fmt.element.bits % 8:
         raise ArgumentError(f"{path}: a row of {k} values does not fill whole bytes in {fmt}; exclude it")
-    return fmt.stored_size(k)
+    check_rotation(scheme.rotation, **{path: k})
+    return (fmt.blocks(k), fmt.block_bytes) if scheme.names.blocked else (fmt.stored_size(k),)
 
 
 def _experts_scheme(path: str, module: ExpertsModule, scheme: ModelScheme) -> Scheme:
@@ -180,6 +190,7 @@ def _pack_experts(
     path: str,
     module: ExpertsModule,
     scheme: Scheme,
+    model_scheme: ModelScheme,
     backend: str,
     converters: dict[str, WeightConverter],
 ) -> dict[str, Target]:
@@ -193,11 +204,16 @@ def _pack_experts(
     projections, targets = [], {}
     for parameter, (n, k) in projection_shapes(module).items():
         delattr(module, parameter)
-        add_parameter(module, parameter, (module.num_experts, n, _width(path, fmt, k)), torch.uint8)
+        shape = (module.num_experts, n, *_row(path, fmt, k, model_scheme))
+        add_parameter(module, parameter, shape, torch.uint8)
         add_parameter(module, f"{parameter}_scale", (module.num_experts, n, fmt.blocks(k)), torch.uint8)
         projections.append(PackedProjection(format=fmt, k=k, codes=parameter, scales=f"{parameter}_scale"))
         targets[f"{path}.{parameter}"] = Target(
-            format=fmt, scales=f"{path}.{parameter}_scale", transpose=module.is_transposed
+            format=fmt,
+            scales=f"{path}.{parameter}_scale",
+            shape=shape,
+            rotation=model_scheme.rotation,
+            transpose=module.is_transposed,
         )
         suffixes = (".weight", ".weight_scale", ".bias") if module.has_bias else (".weight", ".weight_scale")
         for suffix in suffixes:
@@ -209,11 +225,14 @@ def _pack_experts(
         activation=scheme.activation,
         interleaved=not module.is_concatenated,
         backend=backend,
+        rotation=model_scheme.rotation,
     )
     return targets
 
 
-def _linear(path: str, linear: nn.Linear, scheme: Scheme, backend: str) -> StoredLinear:
+def _linear(
+    linear: nn.Linear, scheme: Scheme, shape: tuple[int, ...], rotation: str | None, backend: str
+) -> StoredLinear:
     fmt = scheme.weight
     assert fmt is not None
     n, k = linear.out_features, linear.in_features
@@ -221,7 +240,8 @@ def _linear(path: str, linear: nn.Linear, scheme: Scheme, backend: str) -> Store
         linear,
         fmt,
         scheme.activation,
-        codes=("weight", (n, _width(path, fmt, k)), torch.uint8),
+        codes=("weight", shape, torch.uint8),
         scales=("weight_scale", (n, fmt.blocks(k)), torch.uint8),
+        rotation=rotation,
         backend=backend,
     )

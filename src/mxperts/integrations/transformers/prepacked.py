@@ -88,7 +88,7 @@ class _Preparation:
             if rule.scheme.weight is None and rule.scheme.activation is not None:
                 raise CheckpointError(f"the config quantises inputs of {rule.pattern} but no weights: not supported")
         one_by_one = {self.to_model(f"{name}.down_proj"): name for name in self.stored}
-        fused = {self.to_model(name): name for name, m in self.mx.items() if m.blocked}
+        fused = {self.to_model(name): name for name, m in self.mx.items() if len(m.shape) == 3}
         for path, module in list(self.model.named_modules()):
             if not is_experts(module):
                 continue
@@ -150,6 +150,7 @@ class _Preparation:
             activation=first.scheme.activation,
             interleaved=not module.is_concatenated and len(up.names) == 1,
             backend=self.backend,
+            rotation=self.scheme.rotation,
         )
 
     def pack_projection(self, module: ExpertsModule, component: str, p: _Projection) -> PackedProjection:
@@ -163,9 +164,9 @@ class _Preparation:
         for info in stored:
             suffix = info.name.removeprefix(first.name)
             names.append(p.parameter + attribute(suffix))
-            if len(info.shape) == 2:
-                rows, columns = info.shape
-                shape: tuple[int, ...] = (module.num_experts, rows * len(p.names), columns)
+            if len(info.shape) > 1:
+                rows, *row = info.shape
+                shape: tuple[int, ...] = (module.num_experts, rows * len(p.names), *row)
             else:  # a number for each of gate and up
                 shape = (len(p.leaves), *info.shape)
             add_parameter(module, names[-1], shape, DTYPES[info.dtype])
@@ -274,11 +275,16 @@ class _Preparation:
             scales=scales,
             block_rows=m.block_rows,
             input_scale=input_scale,
+            rotation=self.scheme.rotation,
             backend=self.backend,
         )
 
     def packed_weight(self, leaf: str, module: nn.Module, m: MXModule) -> None:
         """Something else with a weight [N, K], such as a router."""
+        if self.scheme.rotation is not None:
+            raise CheckpointError(
+                f"{leaf}: only linear layers and experts can be rotated, not a {type(module).__name__}"
+            )
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or tuple(weight.shape) != m.shape:
             raise CheckpointError(f"{leaf}: a {type(module).__name__} has no weight of shape {list(m.shape)}")

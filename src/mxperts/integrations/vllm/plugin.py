@@ -69,6 +69,12 @@ HOOKS = (
         module="compressed_tensors",
     ),
     VllmHook(
+        replaced='quantization config "mxperts": none',
+        by="mxperts.integrations.vllm.rotated.MXRotatedConfig",
+        why="checkpoints with rotated weights are refused in words that say what to do",
+        module="rotated",
+    ),
+    VllmHook(
         replaced='linear kernels "mxfp4" and "mxfp6" of the CPU: none',
         by="mxperts.integrations.vllm.linear.MXFP4Linear, MXFP6Linear",
         why="vLLM has none for CPUs",

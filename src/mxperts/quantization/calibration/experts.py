@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,14 @@ class RoutedTokens:
 
     def of(self, expert: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The inputs of one expert, and how much each of them counts, [<= ROWS, H] and [<= ROWS] at a time."""
-        for tokens, share in zip(
-            self._tokens[expert].split(ROWS), self._shares[expert].split(ROWS), strict=True
-        ):
+        for _, x, share in self.tokens_of(expert, device):
+            yield x, share
+
+    def tokens_of(self, expert: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As ``of``, with the numbers of the tokens before them, on the CPU."""
+        for tokens, share in zip(self._tokens[expert].split(ROWS), self._shares[expert].split(ROWS), strict=True):
             if len(tokens):
-                yield self._states[tokens].to(device), share.to(device)
+                yield tokens, self._states[tokens].to(device), share.to(device)
 
     def close(self) -> None:
         """Delete the file."""
@@ -78,6 +81,7 @@ def quantize_experts(
     leaves: Sequence[Leaf],
     routed: RoutedTokens,
     projections: Projections,
+    smooth: Callable[[Expert], None] | None,
     done: Callable[[str, MXTensor, int], None],
 ) -> None:
     """Quantise all experts of a layer, with the weights and moments of some in memory at a time.
@@ -89,19 +93,17 @@ def quantize_experts(
         leaves: their weights and biases in the checkpoint.
         routed: their inputs.
         projections: how to quantise.
+        smooth: called with every expert before it is quantised.
         done: told of every linear layer that is quantised.
     """
-    gate = recognize(module)
-    by_expert: dict[int, list[Leaf]] = {}
-    for leaf in leaves:
-        expert = split_expert(leaf.module)
-        assert expert is not None, leaf.module
-        by_expert.setdefault(expert[1], []).append(leaf)
-    experts = [_Expert(module, gate, number, parts, routed, projections) for number, parts in sorted(by_expert.items())]
+    experts = experts_of(module, leaves, routed, projections)
     by_name = {leaf.module: expert for expert in experts for leaf in expert.first}
     step = min((projections.at_a_time(leaf.shape[1]) for leaf in leaves if leaf.part == WEIGHT), default=1)
     for start in range(0, len(experts), step):
         group = experts[start : start + step]
+        if smooth is not None:
+            for expert in group:
+                smooth(expert)
         first = [Readers(leaves=expert.first, feed=expert.feed_first) for expert in group]
         for name, (weight, rows) in projections.quantize(first).items():
             by_name[name].weights[name] = weight
@@ -113,10 +115,22 @@ def quantize_experts(
             expert.weights.clear()
 
 
-class _Expert:
+def experts_of(module: Any, leaves: Sequence[Leaf], routed: RoutedTokens, projections: Projections) -> list[Expert]:
+    """The experts of a module: arguments as in ``quantize_experts``."""
+    gate = recognize(module)
+    by_expert: dict[int, list[Leaf]] = {}
+    for leaf in leaves:
+        expert = split_expert(leaf.module)
+        assert expert is not None, leaf.module
+        by_expert.setdefault(expert[1], []).append(leaf)
+    return [Expert(module, gate, number, parts, routed, projections) for number, parts in sorted(by_expert.items())]
+
+
+class Expert:
     """One expert.
 
     Attributes:
+        gate: its activation function, or None for one that only the module itself can compute.
         first, second: the weights of its projections: gate and up, in this order, or one; down.
         weights: those that are quantised already, by name.
     """
@@ -130,7 +144,7 @@ class _Expert:
         routed: RoutedTokens,
         projections: Projections,
     ) -> None:
-        self._module, self._gate, self._projections = module, gate, projections
+        self._module, self.gate, self._projections = module, gate, projections
         self._number, self._routed = number, routed
         canonical = {s: name for name, group in SPELLINGS.items() for s in group}
         weights = {canonical[leaf.module.rpartition(".")[2]]: leaf for leaf in leaves if leaf.part == WEIGHT}
@@ -149,19 +163,39 @@ class _Expert:
         for x, share in self._routed.of(self._number, self._projections.device):
             moments.add(self._between(x), share)
 
+    def amax_between(self) -> tuple[Tensor, int]:
+        """Largest magnitude of every channel of the second projection's input, float32 [I], and how many there were."""
+        amax, rows = torch.zeros(self.second[0].shape[1], device=self._projections.device), 0
+        for x, _ in self._routed.of(self._number, self._projections.device):
+            rows += len(x)
+            amax = torch.maximum(amax, self._between(x).abs().amax(0).float())
+        return amax, rows
+
+    def add_outputs(self, outputs: Tensor) -> None:
+        """Add what the expert gives, times how much it counts, to ``outputs``, float32 [T, H]."""
+        for tokens, x, share in self._routed.tokens_of(self._number, self._projections.device):
+            (leaf,) = self.second
+            y = self._linear(leaf, self._between(x), torch.float32)
+            outputs.index_add_(0, tokens, (y * share.unsqueeze(-1)).cpu())
+
     def _between(self, x: Tensor) -> Tensor:
         """The second projection's inputs [R, I] for the first's [R, H]."""
         parts = [self._linear(leaf, x) for leaf in self.first]
-        return activate(self._module, self._gate, in_order(self._module, parts))
+        return activate(self._module, self.gate, in_order(self._module, parts))
 
-    def _linear(self, leaf: Leaf, x: Tensor) -> Tensor:
+    def _linear(self, leaf: Leaf, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         p = self._projections
         bias = self._biases.get(leaf.module)
+        if leaf.module not in self.weights:
+            self.weights[leaf.module] = p.values(leaf).to(p.device)
+        weight = self.weights[leaf.module]
         return mx_linear(
             x,
-            self.weights.setdefault(leaf.module, p.values(leaf).to(p.device)),
+            weight,
             None if bias is None else p.values(bias).to(p.device),
             activation=p.schemes[leaf.module].activation,
             input_scale=p.numbers.input_scales.get(leaf.module),
+            rotation=p.numbers.rotation if isinstance(weight, MXTensor) else None,
+            out_dtype=dtype,
             backend=p.backend,
         )

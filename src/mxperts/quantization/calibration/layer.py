@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mxperts.integrations.transformers import is_experts
 from mxperts.integrations.transformers.layerwise import LayerwiseModel
 from mxperts.nn import MXLinear
-from mxperts.quantization.calibration.experts import RoutedTokens, quantize_experts
+from mxperts.quantization.calibration.experts import Expert, RoutedTokens, quantize_experts
 from mxperts.quantization.calibration.moments import Moments
 from mxperts.quantization.calibration.projections import Projections, Readers
 from mxperts.quantization.calibration.sites import Site, Stop, find_sites, seeing
@@ -62,6 +61,7 @@ def quantize_layer(
     texts: Texts,
     projections: Projections,
     scratch: Path,
+    smooth: Callable[[Expert], None] | None,
     done: Done,
 ) -> None:
     """Quantise what is to be quantised of a decoder layer that is loaded but for experts that are to be quantised.
@@ -76,25 +76,37 @@ def quantize_layer(
         texts: the text, and what enters the layer.
         projections: how to quantise.
         scratch: a folder for files.
+        smooth: called with every expert before it is quantised.
         done: told of every linear layer that is quantised.
     """
-    layer = model.layers[index]
     owned = owners(model, leaves, projections)
+    for site in sites_of(model, index, owned, texts):
+        if site.is_experts:
+            (name,) = site.modules
+            routed = route(model, index, texts, name, scratch / "experts.tmp")
+            quantize_experts(model.model.get_submodule(name), owned[name], routed, projections, smooth, done)
+            routed.close()
+        else:
+            quantize_linears(model, index, texts, site, owned, projections, done)
+
+
+def sites_of(model: LayerwiseModel, index: int, owned: Iterable[str], texts: Texts) -> list[Site]:
+    """Where a decoder layer's modules of these names read their inputs, in the order in which they run."""
     modules = {name: model.model.get_submodule(name) for name in owned}
-    run = type(layer).forward
 
     def forward_first() -> None:
         ids, states, _ = next(texts.batches())
-        forward(model, index, ids, states, lambda *args, **kwargs: run(layer, *args, **kwargs))
+        forward(model, index, ids, states, own_forward(model, index))
 
-    for site in find_sites(modules, forward_first):
-        if site.is_experts:
-            (name,) = site.modules
-            routed = _route(model, index, texts, name, scratch / "experts.tmp")
-            quantize_experts(modules[name], owned[name], routed, projections, done)
-            routed.close()
-        else:
-            _quantize_linears(model, index, texts, site, owned, projections, done)
+    return find_sites(modules, forward_first)
+
+
+def own_forward(model: LayerwiseModel, index: int) -> Callable[..., Any]:
+    """A decoder layer's own forward; ``model.run`` puts another in its place. After the last comes none."""
+    if index == len(model.layers):
+        return lambda hidden_states, *args, **kwargs: hidden_states
+    layer = model.layers[index]
+    return lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
 
 
 def owners(model: LayerwiseModel, leaves: Sequence[Leaf], projections: Projections) -> dict[str, list[Leaf]]:
@@ -119,10 +131,8 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None  # part of the checkpoint, but not of the model that Transformers runs
 
 
-def _pass(model: LayerwiseModel, index: int, texts: Texts, name: str, see: Callable[..., object]) -> None:
+def run_to(model: LayerwiseModel, index: int, texts: Texts, name: str, see: Callable[..., object]) -> None:
     """Run a decoder layer on all of the text up to one of its modules."""
-    layer = model.layers[index]
-    run = type(layer).forward
 
     def stop(name: str, *args: Any) -> None:
         see(*args)
@@ -131,21 +141,22 @@ def _pass(model: LayerwiseModel, index: int, texts: Texts, name: str, see: Calla
     with seeing({name: model.model.get_submodule(name)}, stop):
         for ids, states, _ in texts.batches():
             try:
-                forward(model, index, ids, states, lambda *args, **kwargs: run(layer, *args, **kwargs))
+                forward(model, index, ids, states, own_forward(model, index))
             except Stop:
                 continue
 
 
-def _route(model: LayerwiseModel, index: int, texts: Texts, name: str, file: Path) -> RoutedTokens:
+def route(model: LayerwiseModel, index: int, texts: Texts, name: str, file: Path) -> RoutedTokens:
+    """Run a decoder layer on all of the text up to its experts module of this name; keep what that is called with."""
     module: Any = model.model.get_submodule(name)
     tokens, hidden = texts.ids.numel(), texts.states.shape[-1]
     routed = RoutedTokens(file, tokens, hidden, texts.states.dtype)
-    _pass(model, index, texts, name, routed.add)
+    run_to(model, index, texts, name, routed.add)
     routed.finish(module.num_experts)
     return routed
 
 
-def _quantize_linears(
+def quantize_linears(
     model: LayerwiseModel,
     index: int,
     texts: Texts,
@@ -154,11 +165,12 @@ def _quantize_linears(
     projections: Projections,
     done: Done,
 ) -> None:
+    """Quantise the linear layers of a site of a decoder layer; from then on they run quantised."""
     names = {leaf.module: name for name in site.modules for leaf in owned[name] if leaf.part == WEIGHT}
     leaves = [leaf for name in site.modules for leaf in owned[name] if leaf.part == WEIGHT]
 
     def feed(moments: Moments) -> None:
-        _pass(model, index, texts, site.modules[0], lambda x, *args: moments.add(x))
+        run_to(model, index, texts, site.modules[0], lambda x, *args: moments.add(x))
 
     for leaf_name, (weight, rows) in projections.quantize([Readers(leaves=leaves, feed=feed)]).items():
         linear = model.model.get_submodule(names[leaf_name])
@@ -167,6 +179,7 @@ def _quantize_linears(
             linear.bias,
             activation=projections.schemes[leaf_name].activation,
             input_scale=projections.numbers.input_scales.get(leaf_name),
+            rotation=projections.numbers.rotation,
             backend=projections.backend,
         )
         model.model.set_submodule(names[leaf_name], quantised)

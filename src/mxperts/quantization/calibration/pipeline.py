@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mxperts.checkpoint import Checkpoint, CheckpointWriter
+from mxperts.checkpoint import CheckpointWriter
 from mxperts.checkpoint.config import parse
 from mxperts.checkpoint.rewrite import Job, carried, check_space, state, write_jobs
 from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo, replacing
 from mxperts.errors import CheckpointError
 from mxperts.formats import BlockFormat
 from mxperts.integrations.transformers.layerwise import LayerwiseModel
-from mxperts.quantization.calibration.layer import Texts, forward, owners, quantize_layer
+from mxperts.quantization.calibration.layer import Texts, forward, owners, quantize_layer, quantize_linears
 from mxperts.quantization.calibration.projections import Projections, Readers
+from mxperts.quantization.calibration.sites import Site
+from mxperts.quantization.calibration.smoothing import smooth_expert, smooth_layer
+from mxperts.quantization.calibration.source import SourceModel
 from mxperts.quantization.calibration.states import HiddenStates
-from mxperts.quantization.edits import EditedCheckpoint
 from mxperts.quantization.leaves import WEIGHT, Leaf
 from mxperts.quantization.plan import Plan
 from mxperts.tensor import MXTensor
@@ -69,54 +72,47 @@ class Pipeline:
     """One run, or what is left of an interrupted one.
 
     Args:
-        checkpoint: the source.
         dst: folder to write.
         config: the result's config.json.
         plan: what is written; its files are those of ``shard_names``.
         settings: what determines every byte of the result.
-        model: the unquantised model.
+        source: the unquantised model.
         ids: the text, int64 [windows, context].
         step: windows that run at a time.
-        edits: how the source is read.
-        found: the source's linear layers by tensor.
         projections: how to quantise.
         results: where ``plan`` takes weights from.
+        smooth: whether to fold channel scales into norms and ``up`` projections first.
         progress: called with bytes of the source done and in total.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         dst: Path,
         config: Mapping[str, Any],
         *,
         plan: Plan,
         settings: Mapping[str, Any],
-        model: LayerwiseModel,
+        source: SourceModel,
         ids: Tensor,
         step: int,
-        edits: EditedCheckpoint,
-        found: Mapping[str, Sequence[Leaf]],
         projections: Projections,
         results: Results,
+        smooth: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.checkpoint, self.config, self.plan, self.model = checkpoint, config, plan, model
-        self.ids, self.step, self.edits, self.projections, self.results = ids, step, edits, projections, results
+        self.source, self.model, self.config, self.plan = source, source.model, config, plan
+        self.ids, self.step, self.projections, self.results = ids, step, projections, results
+        self.smooth = smooth
         self.progress = progress or (lambda done, total: None)
-        self.writer = CheckpointWriter(dst, {"source": state(checkpoint)} | dict(settings))
+        self.writer = CheckpointWriter(dst, {"source": state(source.checkpoint)} | dict(settings))
         self.resumed = len(self.writer.finished)
         check_space(self.writer, plan.shards)
         self.scratch = self.writer.partial / FOLDER
-        hidden = model.model.config.get_text_config().hidden_size
-        self.states = HiddenStates(self.scratch, "states", (*ids.shape, hidden), model.dtype)
-        self.layers: dict[int | None, list[str]] = {index: [] for index in (*range(len(model.layers)), None)}
-        for name in checkpoint.tensors:
-            self.layers[model.layer_of(name)].append(name)
-        self.leaves = {i: [leaf for name in names for leaf in found[name]] for i, names in self.layers.items()}
+        hidden = self.model.model.config.get_text_config().hidden_size
+        self.states = HiddenStates(self.scratch, "states", (*ids.shape, hidden), self.model.dtype)
         self.weights = {
             leaf.module: leaf.source.nbytes * leaf.shape[0] * leaf.shape[1] // leaf.source.values
-            for group in self.leaves.values()
+            for group in source.leaves.values()
             for leaf in group
             if leaf.part == WEIGHT
         }
@@ -132,19 +128,20 @@ class Pipeline:
         """
         files = shard_names(len(self.model.layers))
         packed = self._packed()
-        self._load_rest()
+        self.source.load_rest()
         for index, file in enumerate(files[:-1]):
             if file not in self.writer.finished:
                 self._enter(index, files, packed)
                 self._quantize(index, file)
             self._count(file)
         if files[-1] not in self.writer.finished:
+            self._quantize_head(files, packed)
             write_jobs(self.writer, files[-1], self.plan.shards[files[-1]])
         self._count(files[-1])
         few = self._note()
         del packed
         shutil.rmtree(self.scratch)
-        self.writer.finish(self.config, carried(self.checkpoint.path))
+        self.writer.finish(self.config, carried(self.source.checkpoint.path))
         return few
 
     def _enter(self, index: int, files: Sequence[str], packed: LayerwiseModel) -> None:
@@ -170,21 +167,33 @@ class Pipeline:
 
     def _quantize(self, index: int, file: str) -> None:
         """Quantise a layer and write its file."""
-        leaves, before = self.leaves[index], self.done
-        experts = tuple(
-            f"{name}."
-            for name in owners(self.model, leaves, self.projections)
-            if hasattr(self.model.model.get_submodule(name), "num_experts")
-        )
-        names = [name for name in self.layers[index] if not self.model.target(name).startswith(experts)]
-        self.model.load_layer(index, {name: self.edits.tensor(name) for name in names}, without=experts)
+        before = self.done
+        self.source.load_layer(index, self.projections)
         texts = Texts(ids=self.ids, states=self.states.entering(index), step=self.step)
-        quantize_layer(self.model, index, leaves, texts, self.projections, self.scratch, self._add)
+        smooth = None
+        if self.smooth:
+            smooth_layer(self.source, index, texts, self.projections)
+            smooth = partial(smooth_expert, source=self.source, projections=self.projections)
+        leaves = self.source.leaves[index]
+        quantize_layer(self.model, index, leaves, texts, self.projections, self.scratch, smooth, self._add)
         self._note()
         self.done = before
         write_jobs(self.writer, file, self.plan.shards[file])
-        self.model.drop_layer(index)
-        self.checkpoint.close()  # or the mapped pages of all files would count as this process's memory
+        self.source.drop_layer(index)
+
+    def _quantize_head(self, files: Sequence[str], packed: LayerwiseModel) -> None:
+        """Quantise the output layer, which reads what the last layer gives, if it is to be quantised."""
+        head, owned = self.model.model.get_output_embeddings(), None
+        for name, leaves in owners(self.model, self.source.leaves[None], self.projections).items():
+            if self.model.model.get_submodule(name) is head:
+                owned = {name: leaves}
+        if owned is not None:
+            count, before = len(self.model.layers), self.done
+            self._enter(count, files, packed)
+            texts = Texts(ids=self.ids, states=self.states.entering(count), step=self.step)
+            site = Site(modules=tuple(owned), is_experts=False)
+            quantize_linears(self.model, count, texts, site, owned, self.projections, self._add)
+            self.done = before
 
     def _add(self, module: str, weight: Any, rows: int) -> None:
         self.results.add(module, weight, rows)
@@ -195,17 +204,13 @@ class Pipeline:
         self.done += sum(job.nbytes for job in self.plan.shards[file])
         self.progress(self.done, self.total)
 
-    def _load_rest(self) -> None:
-        """Embeddings, and all else outside of decoder layers that the model needs to call these."""
-        self.model.load({name: self.edits.tensor(name) for name in self.layers[None]})
-
     def _packed(self) -> LayerwiseModel:
         """The quantised model, of which no tensor is there yet."""
         scheme = parse(self.config)
         assert scheme is not None
         headers = {info.name: info for file in self.plan.shards for info in self._headers(file)}
         return LayerwiseModel(
-            self.checkpoint.path,
+            self.source.checkpoint.path,
             dtype=self.model.dtype,
             device=self.model.device,
             packed=(scheme, headers),
@@ -223,7 +228,7 @@ class Pipeline:
         ]
 
     def _written(self, file: str) -> dict[str, Tensor]:
-        handle = safe_open(self.writer.partial / file, framework="pt")
+        handle: Any = safe_open(self.writer.partial / file, framework="pt")
         return {info.name: handle.get_tensor(info.name) for info in self._headers(file)}
 
     def _note(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ Feed = Callable[[Moments], None]
 
 
 def enough(rows: int, k: int) -> bool:
-    """Whether so many inputs say something of K channels: with fewer than a quarter, most directions were never seen."""
+    """Whether so many inputs say something of K channels: with less than a quarter of K, hardly."""
     return 4 * rows >= k
 
 
@@ -63,6 +63,10 @@ class Projections:
     backend: str
     memory: int
 
+    def unquantised(self) -> Projections:
+        """The same, with nothing to quantise."""
+        return replace(self, schemes=dict.fromkeys(self.schemes, Scheme("none")))
+
     def at_a_time(self, k: int) -> int:
         """How many layers with K channels can be quantised at a time."""
         return max(1, self.memory // (_WORKSPACE * 4 * k * k))
@@ -76,19 +80,17 @@ class Projections:
         Returns:
             By layer, the weight and how many inputs it was fitted to: 0 if there were not ``enough``.
         """
-        stacks: dict[object, list[tuple[list[Leaf], Inputs | None]]] = {}
-        how: dict[object, tuple[BlockFormat, Method]] = {}
+        stacks: dict[tuple[BlockFormat, Method, int, int, bool], list[tuple[list[Leaf], Inputs | None]]] = {}
         for group in readers:
             for scheme, scale, method, leaves in self._alike(group.leaves):
                 fmt, k = scheme.weight, leaves[0].shape[1]
                 assert fmt is not None
                 inputs = None if group.feed is None else self._inputs(k, scheme, scale, group.feed)
                 key = fmt, method, sum(leaf.shape[0] for leaf in leaves), k, inputs is None
-                how[key] = fmt, method
                 stacks.setdefault(key, []).append((leaves, inputs))
         found: dict[str, tuple[MXTensor, int]] = {}
-        for key, stack in stacks.items():
-            found |= self._solve(*how[key], stack)
+        for (fmt, method, *_), stack in stacks.items():
+            found |= self._solve(fmt, method, stack)
         return found
 
     def _alike(self, leaves: Sequence[Leaf]) -> Iterator[tuple[Scheme, float | None, Method, list[Leaf]]]:
@@ -102,14 +104,17 @@ class Projections:
             yield *key, group
 
     def _inputs(self, k: int, scheme: Scheme, scale: float | None, feed: Feed) -> Inputs | None:
-        moments = Moments(k, scheme.activation, scale, self.device)
+        moments = Moments(k, scheme.activation, scale, self.device, rotation=self.numbers.rotation)
         feed(moments)
         return moments.inputs() if enough(moments.rows, k) else None
 
     def _solve(
         self, fmt: BlockFormat, method: Method, stack: Sequence[tuple[list[Leaf], Inputs | None]]
     ) -> dict[str, tuple[MXTensor, int]]:
-        weights = [torch.cat([self.values(leaf).to(self.device) for leaf in leaves]) for leaves, _ in stack]
+        weights = [
+            torch.cat([self.numbers.rotated(self.values(leaf).to(self.device)) for leaf in leaves])
+            for leaves, _ in stack
+        ]
         inputs = [i for _, i in stack if i is not None]
         problem = Problem(
             weight=torch.stack(weights) if len(stack) > 1 else weights[0],  # [E, N, K] or [N, K]

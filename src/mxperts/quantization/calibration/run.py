@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.checkpoint import Checkpoint
+from mxperts.checkpoint import Checkpoint, CheckpointWriter
 from mxperts.checkpoint.config import layout_of
-from mxperts.checkpoint.safetensors_file import DTYPES, TensorInfo
+from mxperts.checkpoint.rewrite import state
+from mxperts.checkpoint.safetensors_file import TensorInfo
 from mxperts.formats import BlockFormat, Scheme
-from mxperts.integrations.transformers.layerwise import LayerwiseModel
-from mxperts.quantization.calibration.pipeline import Pipeline, Results, shard_names
+from mxperts.quantization.calibration.pipeline import FOLDER, Pipeline, Results, shard_names
 from mxperts.quantization.calibration.projections import Projections
+from mxperts.quantization.calibration.sensitivity import Sensitivity, check_bits
+from mxperts.quantization.calibration.source import SourceModel
 from mxperts.quantization.calibration.text import Calibration, fingerprint, windows
 from mxperts.quantization.choice import Methods
-from mxperts.quantization.edits import EditedCheckpoint
 from mxperts.quantization.leaves import WEIGHT, Leaf, leaves
 from mxperts.quantization.plan import Numbers, Plan, Source, make_plan
 
@@ -43,21 +44,16 @@ class CalibratedRun:
     ) -> None:
         self._checkpoint, self._calibration, self._numbers, self._format = checkpoint, calibration, numbers, format
         self._found = leaves(checkpoint, layout_of(format).NAMES)
-        self._model = LayerwiseModel(
-            checkpoint.path,
-            dtype=_dtype(self._found),
-            device=torch.device(calibration.device),
-            trust_remote_code=calibration.trust_remote_code,
-        )
-        self._ids = windows(calibration, checkpoint.path, self._model.model.config)
-        self._edits = EditedCheckpoint(checkpoint, self._found)
+        self._source = SourceModel(checkpoint, self._found, calibration)
+        self._ids = windows(calibration, checkpoint.path, self._source.model.model.config)
         self._results = Results()
+        self._step = max(1, calibration.batch // self._ids.shape[1])
         self._projections = Projections(
             methods=methods,
             schemes={},
             numbers=numbers,
-            values=self._edits.leaf,
-            device=self._model.device,
+            values=self._source.edits.leaf,
+            device=self._source.model.device,
             backend=calibration.backend,
             memory=calibration.memory,
         )
@@ -69,15 +65,16 @@ class CalibratedRun:
 
     def plan(self, scheme: Scheme, exclude: Sequence[str], layer_schemes: Mapping[str, Scheme]) -> Plan:
         """What will be written: see ``make_plan``."""
-        files = shard_names(len(self._model.layers))
+        files = shard_names(len(self._source.model.layers))
 
         def file(info: TensorInfo) -> str:
-            layer = self._model.layer_of(info.name)
+            layer = self._source.model.layer_of(info.name)
             return files[-1 if layer is None else layer]
 
         def quantize(leaf: Leaf, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
             return self._results.take(leaf, fmt, self._projections)
 
+        edits = self._source.edits
         plan = make_plan(
             self._checkpoint,
             scheme,
@@ -85,10 +82,63 @@ class CalibratedRun:
             layer_schemes=layer_schemes,
             numbers=self._numbers,
             format=self._format,
-            source=Source(file=file, tensor=self._edits.tensor, leaf=self._edits.leaf, quantize=quantize),
+            source=Source(file=file, tensor=edits.tensor, leaf=edits.leaf, quantize=quantize),
         )
         self._projections.schemes.update(plan.schemes)
         return plan
+
+    def allocate(
+        self,
+        dst: Path,
+        scheme: Scheme,
+        bits: float,
+        settings: Mapping[str, Any],
+        progress: Callable[[int, int], None] | None,
+    ) -> dict[str, Scheme]:
+        """Measure in which formats the layers that ``plan`` gave this scheme lose least: see ``Sensitivity``.
+
+        Args:
+            dst: the folder to be; what is measured is kept in ``<dst>.partial``.
+            scheme: of the layers to choose for.
+            bits: a weight on average, scales included.
+            settings: as for ``write``.
+            progress: called with weights measured and in total.
+
+        Returns:
+            The scheme of each of these.
+        """
+        schemes = self._projections.schemes
+        free = [
+            leaf
+            for index, leaves in self._source.leaves.items()
+            if index is not None
+            for leaf in leaves
+            if leaf.part == WEIGHT and schemes[leaf.module] == scheme
+        ]
+        check_bits(bits, scheme, free)
+        writer = CheckpointWriter(dst, {"source": state(self._checkpoint)} | dict(settings))
+        sizes = {leaf.module: leaf.shape[0] * leaf.shape[1] for leaf in free}
+        done = 0
+
+        def advance(module: str) -> None:
+            nonlocal done
+            done += sizes[module]
+            if progress is not None:
+                progress(done, sum(sizes.values()))
+
+        with torch.no_grad():
+            sensitivity = Sensitivity(
+                self._source,
+                self._ids,
+                self._step,
+                self._projections,
+                free=frozenset(sizes),
+                scratch=writer.partial / FOLDER,
+                advance=advance,
+            )
+            chosen = sensitivity.allocate(bits)
+        self._source.renew()
+        return chosen
 
     def write(
         self,
@@ -96,6 +146,7 @@ class CalibratedRun:
         config: Mapping[str, Any],
         plan: Plan,
         settings: Mapping[str, Any],
+        smooth: bool,
         progress: Callable[[int, int], None] | None,
     ) -> tuple[int, list[str]]:
         """Do it: see ``Pipeline``.
@@ -104,30 +155,17 @@ class CalibratedRun:
             How many files an earlier run had finished, and the linear layers that too few inputs came to.
         """
         pipeline = Pipeline(
-            self._checkpoint,
             dst,
             config,
             plan=plan,
             settings=settings,
-            model=self._model,
+            source=self._source,
             ids=self._ids,
-            step=max(1, self._calibration.batch // self._ids.shape[1]),
-            edits=self._edits,
-            found=self._found,
+            step=self._step,
             projections=self._projections,
             results=self._results,
+            smooth=smooth,
             progress=progress,
         )
         few = pipeline.run()
         return pipeline.resumed, few
-
-
-def _dtype(found: Mapping[str, Sequence[Leaf]]) -> torch.dtype:
-    """That of most linear layers."""
-    sizes: dict[torch.dtype, int] = {}
-    for group in found.values():
-        for leaf in group:
-            if leaf.part == WEIGHT:
-                dtype = DTYPES[leaf.source.dtype]
-                sizes[dtype] = sizes.get(dtype, 0) + leaf.shape[0] * leaf.shape[1]
-    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -27,7 +27,7 @@ class Site:
     is_experts: bool
 
 
-class Stop(Exception):  # noqa: N818 - not an error
+class Stop(Exception):
     """Ends a forward pass when all that it was for has been seen."""
 
 
@@ -60,17 +60,23 @@ def find_sites(modules: Mapping[str, nn.Module], forward: Callable[[], None]) ->
     return [Site(modules=tuple(names), is_experts=is_experts(modules[names[0]])) for names in found.values()]
 
 
+def _nan(hidden_states: Tensor) -> Tensor:
+    return torch.full_like(hidden_states, torch.nan)
+
+
 @contextmanager
-def seeing(modules: Mapping[str, nn.Module], see: Callable[..., object]) -> Iterator[None]:
+def seeing(
+    modules: Mapping[str, nn.Module], see: Callable[..., object], give: Callable[[Tensor], Tensor] = _nan
+) -> Iterator[None]:
     """Have ``see`` called with a module's name and what it is called with, while this lasts.
 
-    Experts give NaN instead of what they would compute.
+    Experts give what ``give`` makes of their hidden states instead of what they would compute: NaN by default.
     """
 
     def stand_in(name: str) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             see(name, hidden_states, *args, *kwargs.values())
-            return torch.full_like(hidden_states, torch.nan)
+            return give(hidden_states)
 
         return forward
 
@@ -83,7 +89,7 @@ def seeing(modules: Mapping[str, nn.Module], see: Callable[..., object]) -> Iter
     handles = []
     for name, module in modules.items():
         if is_experts(module):
-            module.forward = stand_in(name)  # type: ignore[method-assign]
+            module.forward = stand_in(name)
         else:
             handles.append(module.register_forward_pre_hook(hook(name)))
     try:

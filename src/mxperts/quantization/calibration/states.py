@@ -20,7 +20,7 @@ def mapped(file: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class HiddenStates:
-    """What enters each decoder layer, one file a layer, of which the newest one or two are kept.
+    """What enters each decoder layer, one file a layer, of which the newest is kept.
 
     Args:
         folder: where the files are; made if it is not there.
@@ -37,6 +37,10 @@ class HiddenStates:
         """Whether what enters this layer is known."""
         return self._file(layer).exists()
 
+    def newest(self, layers: int) -> int | None:
+        """The last of so many layers of which it is known what enters it."""
+        return next((layer for layer in reversed(range(layers)) if self.has(layer)), None)
+
     def entering(self, layer: int) -> Tensor:
         """What enters this layer, [windows, context, H]."""
         return mapped(self._file(layer), self._shape, self._dtype)
@@ -45,7 +49,7 @@ class HiddenStates:
     def writing(self, layer: int) -> Iterator[Tensor]:
         """A tensor to fill with what enters this layer; the file gets its name when it is whole and on the disk.
 
-        What enters earlier layers than the one before is then deleted.
+        What enters earlier layers is then deleted.
         """
         file = self._file(layer)
         temporary = file.with_name(file.name + ".tmp")

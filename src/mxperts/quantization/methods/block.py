@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -35,6 +38,9 @@ def round_block(target: Tensor, factor: Tensor, exponents: Tensor, grid: Grid) -
             squared error of the output that is left when all later columns, of later blocks too, make up for it.
         grid: to round to.
     """
+    if (gpu := kernels(target)) is not None:
+        values, errors, chosen = gpu.round_block(target, factor, exponents, grid.format, grid.recipe)
+        return Choice(values=values, errors=errors, exponents=chosen)
     rest = target.expand(len(exponents), *target.shape).clone()  # [C, E, N, 32]
     values, errors = torch.empty_like(rest), torch.empty_like(rest)
     for j in range(target.shape[-1]):
@@ -48,3 +54,10 @@ def round_block(target: Tensor, factor: Tensor, exponents: Tensor, grid: Grid) -
         errors=torch.take_along_dim(errors, best.unsqueeze(-1), 0)[0],
         exponents=torch.take_along_dim(exponents, best, 0)[0],
     )
+
+
+def kernels(t: Tensor) -> ModuleType | None:
+    """The kernels that do this on the device of ``t``; None where there are none, and PyTorch does it, much slower."""
+    if not t.is_cuda or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("mxperts.backend.gpu.gptq")

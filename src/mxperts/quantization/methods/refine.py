@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxperts.quantization.methods.block import round_block
+from mxperts.quantization.methods.block import kernels, round_block
 from mxperts.quantization.methods.grid import Grid
 from mxperts.quantization.methods.hessian import damped
 
@@ -32,28 +32,39 @@ def refine(
     """
     values, exponents = values.clone(), exponents.clone()
     size = grid.format.block_size
-    blocks = [slice(start, start + size) for start in range(0, target.shape[-1], size)]
+    blocks = hessian.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [E, B, 32, B, 32]
+    inner = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()  # [E, B, 32, 32]
+    factors = damped(inner.flatten(0, 1), 0.0)[1].to(torch.float32).unflatten(0, inner.shape[:2])
     for _ in range(sweeps):
         slope = (target - values) @ hessian  # [E, N, K], minus half the gradient
-        for b, block in enumerate(blocks):
-            inner = hessian[:, block, block]  # [E, 32, 32]
-            factor = damped(inner, 0.0)[1].to(torch.float32)
+        for b in range(inner.shape[1]):
+            block, factor = slice(b * size, (b + 1) * size), factors[:, b]
             old = values[..., block]
-            best = old + slope[..., block] @ factor.mT @ factor  # what the block would be if it were free
+            best = old + slope[..., block] @ (factor.mT @ factor)  # what the block would be if it were free
             choice = round_block(best, factor, grid.near(exponents[..., b]), grid)
-            scales = torch.stack([exponents[..., b], choice.exponents])  # [2, E, N]
-            tried = _descend(torch.stack([old, choice.values]), best, inner, scales, grid)
-            left = (((best - tried) @ inner) * (best - tried)).sum(-1)  # of the error
-            better = left[1] < left[0]
-            new = torch.where(better.unsqueeze(-1), tried[1], tried[0])
-            exponents[..., b] = torch.where(better, scales[1], scales[0])
+            tried, scales = torch.stack([old, choice.values]), torch.stack([exponents[..., b], choice.exponents])
+            new, exponents[..., b] = descend(tried, best, inner[:, b], scales, grid)
             slope -= (new - old) @ hessian[:, block]
             values[..., block] = new
     return values, exponents
 
 
-def _descend(values: Tensor, target: Tensor, hessian: Tensor, exponents: Tensor, grid: Grid) -> Tensor:
-    """``values`` [2, E, N, 32] with each element chosen again, once, given the others and the scale."""
+def descend(values: Tensor, target: Tensor, hessian: Tensor, exponents: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Choose each element of a block again, once, given the others and the scale; of all candidates keep the best.
+
+    Args:
+        values: [C, E, N, 32], elements at the scales 2^exponents.
+        target: [E, N, 32].
+        hessian: [E, 32, 32].
+        exponents: int64 [C, E, N].
+        grid: to round to.
+
+    Returns:
+        For every row the new values [E, N, 32] and the exponent [E, N] of the first candidate with the least error.
+    """
+    if (gpu := kernels(target)) is not None:
+        new, chosen = gpu.descend(values, target, hessian, exponents, grid.format, grid.recipe)
+        return new, chosen
     values = values.clone()
     slope = (target - values) @ hessian
     for j in range(values.shape[-1]):
@@ -61,4 +72,6 @@ def _descend(values: Tensor, target: Tensor, hessian: Tensor, exponents: Tensor,
         new = grid.nearest(old + slope[..., j] / hessian[:, j, j].unsqueeze(-1), exponents)
         slope -= (new - old).unsqueeze(-1) * hessian[:, j].unsqueeze(1)
         values[..., j] = new
-    return values
+    best = (slope * (target - values)).sum(-1).argmin(0, keepdim=True)  # [1, E, N]
+    chosen = torch.take_along_dim(exponents, best, 0)[0]
+    return torch.take_along_dim(values, best.unsqueeze(-1), 0)[0], chosen
