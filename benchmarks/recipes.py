@@ -38,6 +38,7 @@ from mxperts.evaluation.report import with_error
 from mxperts.evaluation.statistics import Estimate
 from mxperts.quantization import quantize_checkpoint
 from mxperts.quantization.calibration import Calibration
+from mxperts.quantization.calibration.text import TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 RTN = "round to nearest"
@@ -317,7 +318,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where all is run")
     parser.add_argument("--backend", default="auto", help="what runs the quantised layers in the evaluation")
     parser.add_argument("--seeds", type=int, default=3, help="choices of calibration text")
-    parser.add_argument("--calibration-tokens", type=int, default=32768, help="tokens of it")
+    parser.add_argument("--calibration-tokens", type=int, default=TOKENS, help="tokens of it")
     parser.add_argument("--max-tokens", type=int, default=32768, help="tokens of the text to evaluate on")
     parser.add_argument("--batch-size", type=int, default=8, help="windows a forward pass of the evaluation")
     parser.add_argument("--only", default="", help="recipes whose 'group, name' contains this")
