@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,12 @@ def measure(args: argparse.Namespace) -> int:
     return failed
 
 
-def plan(only: str, seeds: int) -> Iterator[tuple[Recipe, int]]:
+def plan(only: Sequence[str], seeds: int) -> Iterator[tuple[Recipe, int]]:
     """Every recipe once before any has its second seed; what reads no text needs no more than one."""
     for seed in range(seeds):
         for recipe in RECIPES:
-            if only in f"{recipe.group}, {recipe.name}" and (recipe.calibrated or not seed):
+            wanted = any(fnmatchcase(f"{recipe.group}, {recipe.name}", pattern) for pattern in only)
+            if wanted and (recipe.calibrated or not seed):
                 yield recipe, seed
 
 
@@ -321,7 +323,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=TOKENS, help="tokens of it")
     parser.add_argument("--max-tokens", type=int, default=32768, help="tokens of the text to evaluate on")
     parser.add_argument("--batch-size", type=int, default=8, help="windows a forward pass of the evaluation")
-    parser.add_argument("--only", default="", help="recipes whose 'group, name' contains this")
+    parser.add_argument("--only", nargs="+", default=["*"], help="recipes whose 'group, name' matches such a glob")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin nothing new after so long; 0: no bound")
     parser.add_argument("--save", type=Path, default=RESULTS, help="file of results, one JSON line each")
     parser.add_argument("--table", action="store_true", help="measure nothing, only print what is there")

@@ -35,12 +35,14 @@ def row(group, recipe, kl, seed=0, seconds=4.0):
 
 
 def test_names_are_unique_and_only_what_reads_no_text_has_one_seed(recipes):
-    plan = [(recipe.group, recipe.name, seed) for recipe, seed in recipes.plan("", 3)]
+    plan = [(recipe.group, recipe.name, seed) for recipe, seed in recipes.plan(["*"], 3)]
     assert len(plan) == len(set(plan))
     assert ("W4A4", "round to nearest", 1) not in plan
     assert ("W4A4", "Hadamard", 1) not in plan
     assert ("W4A4", "Hadamard, GPTQ", 2) in plan
     assert [seed for *_, seed in plan] == sorted(seed for *_, seed in plan)
+    (chosen,) = recipes.plan(["W4A4, Hadamard"], 3)
+    assert chosen[0].options == {"rotation": "hadamard32"}
 
 
 def test_seeds_are_averaged_and_compared_with_rounding_to_nearest(recipes):
@@ -62,7 +64,7 @@ def test_seeds_are_averaged_and_compared_with_rounding_to_nearest(recipes):
 
 def test_what_was_measured_is_not_measured_again(recipes, tmp_path, monkeypatch, capsys):
     save = tmp_path / "rows.jsonl"
-    arguments = ["recipes.py", "--only", "W4A16, round", "--max-tokens", "512", "--device", "cpu", "--save", str(save)]
+    arguments = ["recipes.py", "--only", "W4A16, round*", "--max-tokens", "512", "--device", "cpu", "--save", str(save)]
     monkeypatch.setattr(sys, "argv", arguments)
     for expected in ("1 measurements to make, 0 are there", "0 measurements to make, 1 are there"):
         with pytest.raises(SystemExit) as end:
