@@ -16,6 +16,10 @@ settings.load_profile("repeatable")
 # Tensors here are small, and test processes run side by side: threads would only wait for each other.
 torch.set_num_threads(1)
 
+# torch looks up once which functions "with torch.device" is about; it must not find the poisoned ones.
+with torch.device("meta"):
+    torch.ones(1)
+
 
 def poison(t: Tensor) -> Tensor:
     """Fill with NaN, or with the largest integer: as a scale byte that is NaN, as an index it is out of range."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -80,3 +81,66 @@ def test_a_source_that_is_not_there(runner: CliRunner, tmp_path: Path) -> None:
     result = runner.invoke(app, [str(tmp_path / "nothing"), str(tmp_path / "dst")])
     assert result.exit_code == 1
     assert "is no folder" in str(result.exception) + result.stderr
+
+
+TWO_LAYERS = SOURCE.with_name("bf16-qwen3_moe_2l")
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    """512 token ids."""
+    (tmp_path / "ids.json").write_text(json.dumps([(i * i + 7 * i) % 31 for i in range(512)]))
+    return tmp_path / "ids.json"
+
+
+def test_calibrates(runner: CliRunner, tmp_path: Path, ids: Path) -> None:
+    options = ["--scheme", "w4a4", "--method", "gptq", "--text", str(ids), "--context", "64", "--tokens", "256"]
+    result = runner.invoke(app, [str(TWO_LAYERS), str(tmp_path / "dst"), *options, "--backend", "reference"])
+    assert result.exit_code == 0, result.output
+    assert "w_mxfp4_a_mxfp4: 24 layers quantised" in result.stdout
+    runner.invoke(app, [str(TWO_LAYERS), str(tmp_path / "plain"), "--scheme", "w4a4"])
+    ours, plain = Checkpoint.open(tmp_path / "dst"), Checkpoint.open(tmp_path / "plain")
+    assert ours.config == plain.config
+    assert any(not torch.equal(t.packed, plain.mx_tensor(name).packed) for name, t in ours.mx_tensors())
+
+
+def test_layers_with_few_inputs_are_named(runner: CliRunner, tmp_path: Path, ids: Path) -> None:
+    options = ["--method", "gptq", "--text", str(ids), "--context", "8", "--tokens", "8", "--backend", "reference"]
+    result = runner.invoke(app, [str(TWO_LAYERS), str(tmp_path / "dst"), *options])
+    assert result.exit_code == 0, result.output
+    assert "layers had too few inputs in the text and were quantised without: model.layers.0.mlp." in result.stdout
+    result = runner.invoke(app, [str(TWO_LAYERS), str(tmp_path / "again"), *options, "-o", "json"])
+    assert json.loads(result.stdout)["few_inputs"]
+
+
+def test_a_recipe_and_what_wins(runner: CliRunner, tmp_path: Path, ids: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        'scheme = "w4a4"\nmethod = "gptq"\ntext = "ids.json"\ncontext = 64\nseed = 1\nbits = 5.5\nsmooth = true\n'
+        '[[layer]]\npattern = "*layers.0*"\nmethod = "rtn"\n'
+    )
+    options = ["--recipe", str(tmp_path / "recipe.toml"), "--scheme", "w4a6", "--backend", "reference", "-o", "json"]
+    result = runner.invoke(app, [str(TWO_LAYERS), str(tmp_path / "dst"), *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["scheme"] == "w_mxfp4_a_mxfp6_e2m3"
+    schemes = {str(m.scheme) for m in Checkpoint.open(tmp_path / "dst").mx.values()}
+    assert schemes == {"w_mxfp4_a_mxfp6_e2m3", "w_mxfp6_e2m3_a_mxfp6_e2m3"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "gptq"], "needs a text"),
+        (["--bits", "5"], "needs a text"),
+        (["--smooth"], "needs a text"),
+        (["--method", "gtpq"], "did you mean gptq"),
+        (["--seed", "1"], "seed: nothing is calibrated; name a text, or a method that needs one"),
+        (["--method", "gptq", "--text", "nothing.txt"], "cannot read the calibration text"),
+        (["--recipe", "nothing.toml"], "cannot read the recipe"),
+        (["--bits", "5", "--dry-run"], "dry run"),
+    ],
+)
+def test_what_cannot_be_calibrated(runner: CliRunner, tmp_path: Path, options: list[str], message: str) -> None:
+    result = runner.invoke(app, [str(SOURCE), str(tmp_path / "dst"), *options])
+    assert result.exit_code == 1
+    assert message in str(result.exception) + result.stderr
+    assert list(tmp_path.iterdir()) == []
