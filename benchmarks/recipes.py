@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py                                # the model that comes with mxperts
     python benchmarks/recipes.py larger --device cuda           # what training/train_source_code.py wrote
-    python benchmarks/recipes.py larger --table                 # only print what has been measured, as Markdown
+    python benchmarks/recipes.py --table                        # only print what has been measured, as Markdown
 
 Every recipe is quantised by ``quantize_checkpoint``, loaded by ``mx.load`` and compared with the unquantised model on
 the held-out text; calibration sees none of that, but excerpts of what the model was trained on, others for every seed.
@@ -43,6 +43,8 @@ from mxperts.quantization.calibration.text import TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 RTN = "round to nearest"
+FACTS = ("model", "model_sha256", "layers", "experts", "device", "calibration_tokens", "max_tokens")
+"""What measurements must have in common to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +134,14 @@ class Subject:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Subject:
-        path = models.shipped() if args.model == "shipped" else Path(args.model)
+        name = args.model or "shipped"
+        path = models.shipped() if name == "shipped" else Path(name)
         config = AutoConfig.from_pretrained(path)
         digest = hashlib.sha256()
         for file in sorted(path.glob("*.safetensors")):
             digest.update(file.read_bytes())
         facts = {
-            "model": args.model if args.model == "shipped" else path.resolve().name,
+            "model": name if name == "shipped" else path.resolve().name,
             "model_sha256": digest.hexdigest(),
             "layers": config.num_hidden_layers,
             "experts": config.num_experts,
@@ -184,7 +187,7 @@ def measure(args: argparse.Namespace) -> int:
     """Run what has no row yet; how many recipes failed."""
     deadline = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
     subject = Subject.of(args)
-    done = {key(row) for row in rows_of(args.save, subject.facts)}
+    done = {key(row) for row in rows_of(args.save) if subject.facts.items() <= row.items()}
     missing = [
         (recipe, seed) for recipe, seed in plan(args.only, args.seeds) if (recipe.group, recipe.name, seed) not in done
     ]
@@ -251,12 +254,14 @@ def key(row: Mapping[str, Any]) -> tuple[str, str, int]:
     return row["group"], row["recipe"], row["seed"]
 
 
-def rows_of(file: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The measurements of this model under these conditions, the latest of each kind."""
-    if not file.exists():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return list({key(row): row for row in rows if all(row[name] == value for name, value in facts.items())}.values())
+def facts_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in FACTS)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The measurements in a file, of each kind the latest."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return list({(facts_of(row), key(row)): row for row in map(json.loads, lines)}.values())
 
 
 def say(text: str) -> None:
@@ -264,6 +269,23 @@ def say(text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
+
+
+def sections(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What was measured under the same conditions, and of what model and where it was."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(facts_of(row), []).append(row)
+    for part in found.values():
+        row = part[0]
+        where = (
+            ", ".join(row["conditions"]["accelerators"]) if row["device"] != "cpu" else row["conditions"]["processor"]
+        )
+        yield (
+            f"{row['model']}: {row['parameters'] / 1e6:.1f} million parameters in {row['layers']} layers of "
+            f"{row['experts']} experts, perplexity {row['base_perplexity']:.2f}; {row['calibration_tokens']} tokens to "
+            f"calibrate on, {row['max_tokens']} to evaluate on; {where}\n\n{table(part)}"
+        )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -314,7 +336,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("model", nargs="?", default="shipped", help="'shipped', or a folder of an unquantised model")
+    parser.add_argument("model", nargs="?", help="'shipped', which is the default, or a folder of an unquantised model")
     parser.add_argument("--text", type=Path, help="to evaluate on; default: heldout.txt in the model's folder")
     parser.add_argument("--calibration", type=Path, help="default: calibration.txt in the model's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where all is run")
@@ -326,7 +348,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=["*"], help="recipes whose 'group, name' matches such a glob")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin nothing new after so long; 0: no bound")
     parser.add_argument("--save", type=Path, default=RESULTS, help="file of results, one JSON line each")
-    parser.add_argument("--table", action="store_true", help="measure nothing, only print what is there")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing; print what there is of the model, or of all"
+    )
     return parser.parse_args()
 
 
@@ -334,7 +358,8 @@ def main() -> None:
     args = parse_arguments()
     transformers.utils.logging.disable_progress_bar()
     failed = 0 if args.table else measure(args)
-    print(table(rows_of(args.save, Subject.of(args).facts)))
+    model = Path(args.model).name if args.model else None if args.table else "shipped"
+    print("\n\n".join(sections([row for row in rows_of(args.save) if model in (None, row["model"])])))
     sys.exit(1 if failed else 0)
 
 

@@ -77,7 +77,8 @@ def test_what_was_measured_is_not_measured_again(recipes, tmp_path, monkeypatch,
     assert found["expert_bits"] == 4.25
     assert found["model"] == "shipped"
     assert found["conditions"]["versions"]["torch"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--max-tokens", "1024", "--table"])
-    with pytest.raises(SystemExit):
-        recipes.main()
-    assert "round to nearest" not in capsys.readouterr().out  # measured under other conditions
+    for model, there in (("shipped", True), ("larger", False)):
+        monkeypatch.setattr(sys, "argv", ["recipes.py", model, "--table", "--save", str(save)])
+        with pytest.raises(SystemExit):
+            recipes.main()
+        assert ("| W4A16 | round to nearest | 4.25 |" in capsys.readouterr().out) == there
