@@ -320,7 +320,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         names = [name for name in kl if name[0] == goal.group and goal.recipe in (None, name[1])]
         if names and (goal.against, RTN) in kl:
             best = min(names, key=kl.__getitem__)
-            lines.append(f"| {goal.what} | {goal.at_most} | {kl[best] / kl[goal.against, RTN]:.2f} | {best[1]} |")
+            lines.append(f"| {goal.what} | {goal.at_most} | {kl[best] / kl[goal.against, RTN]:.3f} | {best[1]} |")
     return "\n".join(lines)
 
 

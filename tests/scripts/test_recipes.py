@@ -57,8 +57,8 @@ def test_seeds_are_averaged_and_compared_with_rounding_to_nearest(recipes):
     assert gptq == "| W4A16 | GPTQ | 4.25 | 0.0200 ± 0.0010 | 0.0100 to 0.0300 | 0.50 | 90.0 | 5.00 s, 5.0x |"
     assert "| 0.25 |" in mixed
     assert "| 2.00 s, 2.0x |" in mixed
-    assert "| W4A16 | 0.3 | 0.50 | GPTQ |" in lines
-    assert "| mixed formats at 5 bits | 0.4 | 0.25 | mixed |" in lines
+    assert "| W4A16 | 0.3 | 0.500 | GPTQ |" in lines
+    assert "| mixed formats at 5 bits | 0.4 | 0.250 | mixed |" in lines
     assert not any(line.startswith("| W4A4") for line in lines)  # nothing was measured of it
 
 
