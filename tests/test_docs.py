@@ -12,7 +12,9 @@ from mxperts.checkpoint import LAYOUTS, Rule
 from mxperts.formats import BLOCK_FORMATS, FP8_ACTIVATIONS, MXFP4, PRESETS, BlockFormat, Encoding, Recipe, Role, Scheme
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("formats.md", "numerics.md", "cpu.md", "gpu.md", "serving.md", "evaluation.md", "verify.md")
+PAGES = (
+    *("formats.md", "numerics.md", "cpu.md", "gpu.md", "serving.md", "evaluation.md", "quantization.md", "verify.md"),
+)
 
 
 def read(page: str) -> str:

@@ -18,6 +18,7 @@ from mxperts.benchmark.model.row import model_table
 from mxperts.benchmark.model.run import logits_error
 from mxperts.checkpoint import Checkpoint
 from mxperts.errors import ArgumentError, BackendUnavailable, MxpertsError
+from mxperts.integrations.transformers import mx_experts
 
 TINY = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 96}
 TINY_OF = {
@@ -69,6 +70,12 @@ def test_random_models_are_checkpoints_that_load_packed(name, scheme, tmp_path):
     assert model.config.num_hidden_layers == 2
 
 
+def test_random_models_may_be_unquantised(tmp_path):
+    model = mx.load(random_model(tmp_path / "model", "qwen3-30b-a3b", None), backend="reference")
+    assert not list(mx_experts(model))
+    assert bool(model(torch.arange(5).unsqueeze(0)).logits.isfinite().all())
+
+
 def test_random_models_have_the_real_sizes_and_a_share_of_the_vocabulary(monkeypatch):
     from mxperts.benchmark.model import ARCHITECTURES
     from mxperts.benchmark.model.random_weights import _config
@@ -84,6 +91,7 @@ def test_random_models_have_the_real_sizes_and_a_share_of_the_vocabulary(monkeyp
     [
         ("qwen4", {}, "unknown model"),
         ("gpt-oss-20b", {"scheme": "w4a4"}, "stored as w_mxfp4"),
+        ("gpt-oss-20b", {"scheme": None}, "stored as w_mxfp4"),
         ("qwen3-30b-a3b", {"scheme": "none"}, "stored as w_mxfp4"),
         ("qwen3-30b-a3b", {"scheme": "w_mxfp4_a_fp8"}, "calibrated"),
         ("qwen3-30b-a3b", {"layers": 0}, "at least one layer"),

@@ -23,7 +23,7 @@ from mxperts.cli.progress import Progress, resumable
 from mxperts.errors import ArgumentError
 from mxperts.quantization import quantize_checkpoint
 from mxperts.quantization.calibration import Calibration
-from mxperts.quantization.calibration.text import CONTEXT, TOKENS
+from mxperts.quantization.calibration.text import CONTEXT, MEMORY, TOKENS
 from mxperts.quantization.choice import RTN, Methods
 from mxperts.quantization.recipe import read_recipe
 
@@ -99,6 +99,9 @@ def quantize(
         str | None, typer.Option(help="floor, even, rceil, ceil or rfloor instead of the preset's.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Whose numbers: quark, vllm, ocp, torchao …")] = None,
+    memory: Annotated[
+        float, typer.Option(min=0, help="GiB that quantising some experts at a time may take, about.")
+    ] = MEMORY / 2**30,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     trust_remote_code: TrustRemoteCodeOption = False,
@@ -141,7 +144,9 @@ def quantize(
     }
     settings |= {key: value for key, value in given.items() if value is not None}
     settings = {"scheme": "w_mxfp4", "format": Layout.QUARK.value} | settings
-    calibration = _calibration(settings, device, backend, trust_remote_code)
+    calibration = _calibration(
+        settings, device=device, backend=backend, memory=int(memory * 2**30), trust_remote_code=trust_remote_code
+    )
     with resumable(dst, dry_run=dry_run):
         summary = quantize_checkpoint(
             resolve_model(src), dst, calibration=calibration, progress=Progress(), dry_run=dry_run, **settings
@@ -186,7 +191,7 @@ def _layer(text: str) -> tuple[str, str]:
     return pattern, scheme
 
 
-def _calibration(settings: dict[str, Any], device: str, backend: str, trust_remote_code: bool) -> Calibration | None:
+def _calibration(settings: dict[str, Any], *, device: str, **options: Any) -> Calibration | None:
     """What is asked for of a text, taken out of the settings; None if nothing needs one."""
     asked = {key: settings.pop(key) for key in ("text", "tokens", "context", "seed") if key in settings}
     methods = Methods(default=settings.get("method", RTN), layers=settings.get("layer_methods", {}))
@@ -198,7 +203,7 @@ def _calibration(settings: dict[str, Any], device: str, backend: str, trust_remo
         return None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Calibration(**asked, device=device, backend=backend, trust_remote_code=trust_remote_code)
+    return Calibration(**asked, device=device, **options)
 
 
 def _few(modules: Sequence[str]) -> str:

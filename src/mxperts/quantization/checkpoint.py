@@ -166,7 +166,7 @@ def quantize_checkpoint(
         settings |= run.settings | {"bits": bits, "smooth": smooth}
         if bits is not None:
             chosen = run.allocate(dst, scheme, bits, settings, progress)
-            plan = run.plan(scheme, excluded, schemes | chosen)
+            plan = run.plan(scheme, excluded, schemes, chosen)
     rules = rules_of(plan.schemes, default=scheme)
     resumed, few, (before, after) = 0, list[str](), sizes(plan.shards)
     if not dry_run:

@@ -109,6 +109,7 @@ def make_plan(
     numbers: Numbers,
     format: str,
     source: Source | None = None,
+    chosen: Mapping[str, Scheme] | None = None,
 ) -> Plan:
     """Decide on every tensor of a checkpoint.
 
@@ -120,6 +121,7 @@ def make_plan(
         numbers: how weights are quantised.
         format: the layout to be written.
         source: where numbers come from and files are cut; default: the checkpoint's own, rounded to nearest.
+        chosen: schemes of single layers by name, which count before all else.
 
     Raises:
         ArgumentError: a pattern in ``layer_schemes`` matches nothing, nothing is left to quantise, input scales are
@@ -134,6 +136,7 @@ def make_plan(
     rules = [*excluded, *layers, Rule(pattern="*", scheme=scheme)]
     modules = dict.fromkeys(leaf.module for group in found.values() for leaf in group)
     schemes = {module: next(rule.scheme for rule in rules if rule.matches(module)) for module in modules}
+    schemes |= chosen or {}
     for rule in layers:
         if not any(rule.matches(module) for module in modules):
             raise ArgumentError(f"the pattern {rule.pattern!r} of layer_schemes matches no layer of {checkpoint.path}")
@@ -212,7 +215,7 @@ def _leaf_pieces(source: Source, leaf: Leaf, scheme: Scheme, names: TensorNames,
         role=_ROLES[leaf.part],
         scheme=_NONE if fmt is None else scheme,
         dtypes=(dtype,) if fmt is None else (torch.uint8, torch.uint8),
-        shapes=(leaf.shape,) if fmt is None else _packed_shapes(leaf, fmt, numbers.rotation),
+        shapes=(leaf.shape,) if fmt is None else packed_shapes(leaf, fmt, numbers.rotation),
         make=(lambda: [source.leaf(leaf)]) if fmt is None else lambda: source.quantize(leaf, fmt),
         nbytes=dtype.itemsize * torch.Size(leaf.shape).numel(),
         kind=kind_of(info.name, info.shape),
@@ -234,7 +237,7 @@ def _number(value: float) -> list[Tensor]:
     return [torch.tensor(value)]
 
 
-def _packed_shapes(leaf: Leaf, fmt: BlockFormat, rotation: str | None) -> tuple[tuple[int, ...], ...]:
+def packed_shapes(leaf: Leaf, fmt: BlockFormat, rotation: str | None) -> tuple[tuple[int, ...], ...]:
     """Shapes of codes and scales as they are stored: without the padding of a last block."""
     info = leaf.source
     if DTYPES[info.dtype] not in FLOAT_DTYPES:

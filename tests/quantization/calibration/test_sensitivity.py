@@ -119,6 +119,14 @@ def test_bits_that_no_choice_has(tmp_path: Path, bits: float, calibration: Calib
     assert not list(tmp_path.glob("dst*"))
 
 
+def test_layouts_that_cannot_hold_a_candidate(tmp_path: Path, calibration: Calibration) -> None:
+    with pytest.raises(ArgumentError, match="cannot be written in the gpt-oss layout"):
+        quantize_checkpoint(
+            FIXTURES / "bf16-gpt_oss", tmp_path / "dst", "w4a16", format="gpt-oss", bits=5, calibration=calibration
+        )
+    assert not list(tmp_path.glob("dst*"))
+
+
 def test_a_dry_run_cannot_know(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="dry run"):
         quantize_checkpoint(FIXTURES / "bf16-qwen3_moe_2l", tmp_path / "dst", "w4a4", bits=5, dry_run=True)

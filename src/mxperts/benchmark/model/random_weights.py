@@ -79,7 +79,7 @@ ARCHITECTURES = {
 
 
 def write_random_model(
-    name: str, folder: Path, *, layers: int, scheme: Scheme | str = "w_mxfp4", seed: int = 0, **sizes: int
+    name: str, folder: Path, *, layers: int, scheme: Scheme | str | None = "w_mxfp4", seed: int = 0, **sizes: int
 ) -> None:
     """Write a checkpoint with random packed experts and random bf16 weights elsewhere.
 
@@ -89,7 +89,7 @@ def write_random_model(
         name: of ``ARCHITECTURES``.
         folder: to be made.
         layers: how many.
-        scheme: of the experts; gpt-oss's layout has ``w_mxfp4`` only, others also ``none``, which is bf16.
+        scheme: of the experts; gpt-oss's layout has ``w_mxfp4`` only. None: unquantised, in bf16, which it has not.
         seed: of the weights.
         **sizes: other sizes than the real model's, by their names in its config.
 
@@ -100,11 +100,10 @@ def write_random_model(
         raise ArgumentError(f"unknown model {name!r}; {suggest(name, ARCHITECTURES)}")
     if layers < 1:
         raise ArgumentError(f"a model has at least one layer, not {layers}")
-    architecture, scheme = ARCHITECTURES[name], Scheme(scheme)
-    if architecture.fused and scheme != Scheme.of(MXFP4):
+    architecture, dense = ARCHITECTURES[name], scheme is None
+    scheme = Scheme("none" if scheme is None else scheme)
+    if (scheme.weight is None and not dense) or (architecture.fused and scheme != Scheme.of(MXFP4)):
         raise ArgumentError(f"experts of {name} are stored as w_mxfp4, not as {scheme}")
-    if scheme.weight is None and scheme.activation is not None:
-        raise ArgumentError(f"{scheme} quantises no weights; a checkpoint cannot hold activations alone")
     if scheme.activation == FP8_STATIC:
         raise ArgumentError("static fp8 needs calibrated scales, which random models do not have; take fp8_dynamic")
     config = _config(architecture, layers, sizes)
@@ -122,7 +121,7 @@ def write_random_model(
             tensors.append(experts.tensors())
         shard = "model-embeddings.safetensors" if layer is None else f"model-layer-{layer:03d}.safetensors"
         writer.write_shard(shard, entries, (t for part in tensors for t in part))
-    quantization = {"quantization_config": _quantization(architecture, scheme)} if scheme.weight is not None else {}
+    quantization = {} if dense else {"quantization_config": _quantization(architecture, scheme)}
     writer.finish(config.to_dict() | quantization)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxperts.checkpoint.names import SPELLINGS, split_expert
+from mxperts.errors import ArgumentError
 from mxperts.integrations.transformers.experts import activate, in_order
 from mxperts.integrations.transformers.gate import Gate, recognize
 from mxperts.ops.linear import mx_linear
@@ -82,7 +83,7 @@ def quantize_experts(
     routed: RoutedTokens,
     projections: Projections,
     smooth: Callable[[Expert], None] | None,
-    done: Callable[[str, MXTensor, int], None],
+    done: Callable[[str, MXTensor, bool], None],
 ) -> None:
     """Quantise all experts of a layer, with the weights and moments of some in memory at a time.
 
@@ -105,12 +106,12 @@ def quantize_experts(
             for expert in group:
                 smooth(expert)
         first = [Readers(leaves=expert.first, feed=expert.feed_first) for expert in group]
-        for name, (weight, rows) in projections.quantize(first).items():
+        for name, (weight, short) in projections.quantize(first).items():
             by_name[name].weights[name] = weight
-            done(name, weight, rows)
+            done(name, weight, short)
         second = [Readers(leaves=expert.second, feed=expert.feed_second) for expert in group]
-        for name, (weight, rows) in projections.quantize(second).items():
-            done(name, weight, rows)
+        for name, (weight, short) in projections.quantize(second).items():
+            done(name, weight, short)
         for expert in group:
             expert.weights.clear()
 
@@ -172,9 +173,15 @@ class Expert:
         return amax, rows
 
     def add_outputs(self, outputs: Tensor) -> None:
-        """Add what the expert gives, times how much it counts, to ``outputs``, float32 [T, H]."""
+        """Add what the expert gives, times how much it counts, to ``outputs``, float32 [T, H].
+
+        Raises:
+            ArgumentError: that goes through a norm first.
+        """
+        (leaf,) = self.second
+        if getattr(self._module, "has_post_expert_norm", False):
+            raise ArgumentError(f"{leaf.module}: what experts with a norm of their own give cannot be measured")
         for tokens, x, share in self._routed.tokens_of(self._number, self._projections.device):
-            (leaf,) = self.second
             y = self._linear(leaf, self._between(x), torch.float32)
             outputs.index_add_(0, tokens, (y * share.unsqueeze(-1)).cpu())
 

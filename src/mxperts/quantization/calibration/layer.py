@@ -19,8 +19,8 @@ from mxperts.quantization.calibration.sites import Site, Stop, find_sites, seein
 from mxperts.quantization.leaves import WEIGHT, Leaf
 from mxperts.tensor import MXTensor
 
-Done = Callable[[str, MXTensor, int], None]
-"""Told of a linear layer that is quantised: its name, its weight, and how many inputs that was fitted to."""
+Done = Callable[[str, MXTensor, bool], None]
+"""Told of a linear layer that is quantised: its name, its weight, and whether too few inputs came to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ def quantize_linears(
     def feed(moments: Moments) -> None:
         run_to(model, index, texts, site.modules[0], lambda x, *args: moments.add(x))
 
-    for leaf_name, (weight, rows) in projections.quantize([Readers(leaves=leaves, feed=feed)]).items():
+    for leaf_name, (weight, short) in projections.quantize([Readers(leaves=leaves, feed=feed)]).items():
         linear = model.model.get_submodule(names[leaf_name])
         quantised = MXLinear.from_tensors(
             weight,
@@ -183,4 +183,4 @@ def quantize_linears(
             backend=projections.backend,
         )
         model.model.set_submodule(names[leaf_name], quantised)
-        done(leaf_name, weight, rows)
+        done(leaf_name, weight, short)

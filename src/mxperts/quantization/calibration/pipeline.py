@@ -47,23 +47,23 @@ class Results:
 
     Attributes:
         weights: by layer.
-        few: linear layers that too few inputs came to, and how many of the text's came.
+        few: linear layers that too few inputs came to.
     """
 
     weights: dict[str, MXTensor] = field(default_factory=dict)
     few: list[str] = field(default_factory=list)
 
-    def add(self, module: str, weight: MXTensor, rows: int) -> None:
-        """Keep a weight; ``rows`` is 0 if it was fitted to nothing."""
+    def add(self, module: str, weight: MXTensor, short: bool) -> None:
+        """Keep a weight, and whether too few inputs came to it."""
         self.weights[module] = weight.to("cpu")
-        if not rows:
+        if short:
             self.few.append(module)
 
     def take(self, leaf: Leaf, fmt: BlockFormat, projections: Projections) -> tuple[Tensor, Tensor]:
         """Codes and scales of a weight as they are stored; one that was not reached is quantised without inputs."""
         if leaf.module not in self.weights:
-            for module, (weight, rows) in projections.quantize([Readers(leaves=[leaf], feed=None)]).items():
-                self.add(module, weight, rows)
+            for module, (weight, short) in projections.quantize([Readers(leaves=[leaf], feed=None)]).items():
+                self.add(module, weight, short)
         t = self.weights.pop(leaf.module)
         return t.packed[..., : fmt.stored_size(t.k)], t.scales
 
@@ -127,6 +127,7 @@ class Pipeline:
             The linear layers that too few inputs came to.
         """
         files = shard_names(len(self.model.layers))
+        self.progress(self.done, self.total)
         packed = self._packed()
         self.source.load_rest()
         for index, file in enumerate(files[:-1]):
@@ -195,8 +196,8 @@ class Pipeline:
             quantize_linears(self.model, count, texts, site, owned, self.projections, self._add)
             self.done = before
 
-    def _add(self, module: str, weight: Any, rows: int) -> None:
-        self.results.add(module, weight, rows)
+    def _add(self, module: str, weight: MXTensor, short: bool) -> None:
+        self.results.add(module, weight, short)
         self.done += self.weights[module]
         self.progress(self.done, self.total)
 

@@ -71,24 +71,25 @@ class Projections:
         """How many layers with K channels can be quantised at a time."""
         return max(1, self.memory // (_WORKSPACE * 4 * k * k))
 
-    def quantize(self, readers: Sequence[Readers]) -> dict[str, tuple[MXTensor, int]]:
+    def quantize(self, readers: Sequence[Readers]) -> dict[str, tuple[MXTensor, bool]]:
         """Quantise linear layers, all that are of one shape and format at a time.
 
         Layers of one format that read the same input are one matrix, as rows are independent and what is worked out of
         the inputs is the same.
 
         Returns:
-            By layer, the weight and how many inputs it was fitted to: 0 if there were not ``enough``.
+            By layer, the weight, and whether its method wanted inputs and there were not ``enough``.
         """
         stacks: dict[tuple[BlockFormat, Method, int, int, bool], list[tuple[list[Leaf], Inputs | None]]] = {}
         for group in readers:
             for scheme, scale, method, leaves in self._alike(group.leaves):
                 fmt, k = scheme.weight, leaves[0].shape[1]
                 assert fmt is not None
-                inputs = None if group.feed is None else self._inputs(k, scheme, scale, group.feed)
+                wanted = group.feed if not self.methods.rounds(leaves[0].module) else None
+                inputs = None if wanted is None else self._inputs(k, scheme, scale, wanted)
                 key = fmt, method, sum(leaf.shape[0] for leaf in leaves), k, inputs is None
                 stacks.setdefault(key, []).append((leaves, inputs))
-        found: dict[str, tuple[MXTensor, int]] = {}
+        found: dict[str, tuple[MXTensor, bool]] = {}
         for (fmt, method, *_), stack in stacks.items():
             found |= self._solve(fmt, method, stack)
         return found
@@ -110,7 +111,7 @@ class Projections:
 
     def _solve(
         self, fmt: BlockFormat, method: Method, stack: Sequence[tuple[list[Leaf], Inputs | None]]
-    ) -> dict[str, tuple[MXTensor, int]]:
+    ) -> dict[str, tuple[MXTensor, bool]]:
         weights = [
             torch.cat([self.numbers.rotated(self.values(leaf).to(self.device)) for leaf in leaves])
             for leaves, _ in stack
@@ -128,7 +129,8 @@ class Projections:
             matrix, start = solution[number] if len(stack) > 1 else solution, 0
             for leaf in leaves:
                 rows = slice(start, start + leaf.shape[0])
-                found[leaf.module] = matrix[rows].contiguous(), 0 if given is None else given.rows
+                short = given is None and not self.methods.rounds(leaf.module)
+                found[leaf.module] = matrix[rows].contiguous(), short
                 start = rows.stop
         return found
 

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxperts.checkpoint import Checkpoint, CheckpointWriter
-from mxperts.checkpoint.config import layout_of
+from mxperts.checkpoint import Checkpoint, CheckpointWriter, Rule
+from mxperts.checkpoint.config import layout_of, text_config
 from mxperts.checkpoint.rewrite import state
+from mxperts.checkpoint.rules import check_expressible
 from mxperts.checkpoint.safetensors_file import TensorInfo
 from mxperts.formats import BlockFormat, Scheme
 from mxperts.quantization.calibration.pipeline import FOLDER, Pipeline, Results, shard_names
 from mxperts.quantization.calibration.projections import Projections
-from mxperts.quantization.calibration.sensitivity import Sensitivity, check_bits
+from mxperts.quantization.calibration.sensitivity import CANDIDATES, Sensitivity, check_bits
 from mxperts.quantization.calibration.source import SourceModel
 from mxperts.quantization.calibration.text import Calibration, fingerprint, windows
 from mxperts.quantization.choice import Methods
 from mxperts.quantization.leaves import WEIGHT, Leaf, leaves
-from mxperts.quantization.plan import Numbers, Plan, Source, make_plan
+from mxperts.quantization.plan import Numbers, Plan, Source, make_plan, packed_shapes
 
 
 class CalibratedRun:
@@ -63,7 +64,13 @@ class CalibratedRun:
         """What of the text determines every byte of the result."""
         return {"calibration text": fingerprint(self._ids)}
 
-    def plan(self, scheme: Scheme, exclude: Sequence[str], layer_schemes: Mapping[str, Scheme]) -> Plan:
+    def plan(
+        self,
+        scheme: Scheme,
+        exclude: Sequence[str],
+        layer_schemes: Mapping[str, Scheme],
+        chosen: Mapping[str, Scheme] | None = None,
+    ) -> Plan:
         """What will be written: see ``make_plan``."""
         files = shard_names(len(self._source.model.layers))
 
@@ -83,6 +90,7 @@ class CalibratedRun:
             numbers=self._numbers,
             format=self._format,
             source=Source(file=file, tensor=edits.tensor, leaf=edits.leaf, quantize=quantize),
+            chosen=chosen,
         )
         self._projections.schemes.update(plan.schemes)
         return plan
@@ -116,16 +124,23 @@ class CalibratedRun:
             if leaf.part == WEIGHT and schemes[leaf.module] == scheme
         ]
         check_bits(bits, scheme, free)
+        model_type = text_config(self._checkpoint.config).get("model_type")
+        for fmt in CANDIDATES:
+            candidate = Scheme.of(fmt, scheme.activation)
+            check_expressible(self._format, [Rule(pattern=leaf.module, scheme=candidate) for leaf in free], model_type)
+            for leaf in free:
+                packed_shapes(leaf, fmt, self._numbers.rotation)
         writer = CheckpointWriter(dst, {"source": state(self._checkpoint)} | dict(settings))
         sizes = {leaf.module: leaf.shape[0] * leaf.shape[1] for leaf in free}
         done = 0
 
-        def advance(module: str) -> None:
+        def advance(module: str | None = None) -> None:
             nonlocal done
-            done += sizes[module]
+            done += 0 if module is None else sizes[module]
             if progress is not None:
                 progress(done, sum(sizes.values()))
 
+        advance()
         with torch.no_grad():
             sensitivity = Sensitivity(
                 self._source,

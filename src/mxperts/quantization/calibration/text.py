@@ -21,6 +21,9 @@ TOKENS = 65536
 CONTEXT = 2048
 """Tokens in a window, at most."""
 
+MEMORY = 2 << 30
+"""Bytes that quantising some experts at a time may take, about, unless told."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -46,7 +49,7 @@ class Calibration:
     device: str = "cpu"
     backend: str = "auto"
     batch: int = 4096
-    memory: int = 2 << 30
+    memory: int = MEMORY
     trust_remote_code: bool = False
 
 
