@@ -16,7 +16,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxperts.backend.gpu import grouped, routing
+from mxperts.backend.gpu import gptq, grouped, routing
 from mxperts.backend.gpu.rule import block_rule, element_rule
 from mxperts.formats import MXFP4, MXFP6_E2M3, Role, recipe
 from mxperts.ops.activation import bind_activation
@@ -26,6 +26,8 @@ target = GPUTarget(backend, int(arch) if arch.isdecimal() else arch, int(warp))
 SHARED = 1024 * (64 if backend == "hip" else 99)  # of gfx942; of sm_86 and sm_89, the least of NVIDIA's
 POINTERS = {"packed_ptr": "*u8", "scales_ptr": "*u8"}
 POINTERS |= dict.fromkeys(("input_scale_ptr", "router_ptr", "y_ptr"), "*fp32")
+POINTERS |= dict.fromkeys(("target_ptr", "factor_ptr", "hessian_ptr", "values_ptr", "errors_ptr"), "*fp32")
+POINTERS |= dict.fromkeys(("exponents_ptr", "chosen_ptr"), "*i64")
 FLOATS = ("x_ptr", "a_ptr", "out_ptr", "bias_ptr")
 
 
@@ -68,6 +70,8 @@ build(grouped.sum_slots, "bf16", COLUMNS=2880, SLOTS=4, WEIGHTED=True, IN_PLACE=
 build(grouped.sum_slots, "bf16", COLUMNS=2880, SLOTS=4, WEIGHTED=True, IN_PLACE=False, BLOCK_N=1024)
 build(routing.place_pairs, "bf16", MAPPED=True, TILE=128)
 build(routing.place_blocks, "bf16", BLOCK_M=16, TILE=128)
+for kernel, candidates in ((gptq._round_block, 4), (gptq._descend, 2)):
+    build(kernel, "fp32", gptq.WARPS, RULE=rule, CANDIDATES=candidates, ROWS=gptq.ROWS)
 """
 
 

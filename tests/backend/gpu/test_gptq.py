@@ -67,6 +67,7 @@ def test_descending(fmt: BlockFormat, device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not FAST, reason="there is no GPU")
 @FORMATS
 @pytest.mark.parametrize("k", [64, 90])
 def test_a_whole_weight(fmt: BlockFormat, k: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 @EVERY
 @pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=str)
-@pytest.mark.parametrize("k", [1, 32, 45])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 45])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_inputs", [False, True])
 def test_it_gives_a_tensor_of_the_weights_shape_near_to_it(
     method: Callable[[Problem], mx.MXTensor], fmt: BlockFormat, k: int, dtype: torch.dtype, with_inputs: bool,

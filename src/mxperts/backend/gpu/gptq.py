@@ -16,9 +16,9 @@ from mxperts.backend.gpu.quantize import on_device
 from mxperts.backend.gpu.rule import BLOCK, block_rule
 from mxperts.formats import BlockFormat, Recipe
 
-ROWS = 64
+ROWS = 32
 """Rows of a program."""
-WARPS = 2
+WARPS = 4
 _BLOCK = tl.constexpr(BLOCK)
 _BIAS = tl.constexpr(127)
 

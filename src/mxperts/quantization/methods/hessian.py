@@ -7,7 +7,7 @@ from torch import Tensor
 
 DAMPING = 0.01
 """What is added to the diagonal of a moment, relative to the mean of the diagonal."""
-SHIFT_DAMPING = 0.1
+MOVE_DAMPING = 0.2
 """The same for ``moved``, where it keeps what the calibration text says by chance out of the weights."""
 
 
@@ -41,6 +41,6 @@ def moved(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
         moment: E[x̂ᵀx̂] [E, K, K].
         cross: E[xᵀx̂] [E, K, K].
     """
-    _, factor = damped(moment, SHIFT_DAMPING)
+    _, factor = damped(moment, MOVE_DAMPING)
     change = weight.to(torch.float64) @ (cross.to(torch.float64) - moment)
     return weight + (change @ factor.mT @ factor).to(torch.float32)
