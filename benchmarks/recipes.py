@@ -309,7 +309,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             recipe.name,
             f"{statistics.fmean(row['expert_bits'] for row in seeds):.2f}",
             with_error(Estimate(kl[recipe.group, recipe.name], statistics.fmean(row["kl_stderr"] for row in seeds))),
-            f"{min(row['kl'] for row in seeds):.4f} to {max(row['kl'] for row in seeds):.4f}" if len(seeds) > 1 else "",
+            f"{min(row['kl'] for row in seeds):.3g} to {max(row['kl'] for row in seeds):.3g}" if len(seeds) > 1 else "",
             f"{kl[recipe.group, recipe.name] / reference:.2f}" if reference else "",
             f"{statistics.fmean(row['same_top'] for row in seeds) * 100:.1f}",
             f"{seconds(seeds):.2f} s, {seconds(seeds) / seconds(plain):.1f}x" if plain else f"{seconds(seeds):.2f} s",

@@ -54,7 +54,7 @@ def test_seeds_are_averaged_and_compared_with_rounding_to_nearest(recipes):
     ]
     lines = recipes.table(rows).splitlines()
     gptq, mixed = (next(line for line in lines if f"| {name} |" in line) for name in ("GPTQ", "mixed"))
-    assert gptq == "| W4A16 | GPTQ | 4.25 | 0.0200 ± 0.0010 | 0.0100 to 0.0300 | 0.50 | 90.0 | 5.00 s, 5.0x |"
+    assert gptq == "| W4A16 | GPTQ | 4.25 | 0.0200 ± 0.0010 | 0.01 to 0.03 | 0.50 | 90.0 | 5.00 s, 5.0x |"
     assert "| 0.25 |" in mixed
     assert "| 2.00 s, 2.0x |" in mixed
     assert "| W4A16 | 0.3 | 0.500 | GPTQ |" in lines
