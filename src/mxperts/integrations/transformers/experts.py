@@ -305,7 +305,7 @@ def expert_projections(module: ExpertsModule, expert: int) -> tuple[Linear, Line
 def apply_activation(module: ExpertsModule, h: Tensor) -> Tensor:
     """What the module's activation function makes of the first projection's output [..., 2I], or [..., I]."""
     packed: Stacked | Apart | None = getattr(module, "mxperts", None)
-    return _activate(module, None if packed is None else packed.gate, h)
+    return activate(module, None if packed is None else packed.gate, h)
 
 
 def finish_experts(module: ExpertsModule) -> None:
