@@ -95,8 +95,9 @@ def is_batch_invariant() -> bool:
 def fp8_products() -> Iterator[None]:
     """Within the ``with`` block, in this thread, many tokens of quantised inputs are multiplied in fp8 matrix units.
 
-    Operands and products are exact; sums within the units keep 13 bits, which on numbers with heavy tails is less than
-    the contract of ``fused_experts`` asks for. So nothing does this by itself. fp8 inputs are not rounded to bf16.
+    Operands and products are exact; sums within the units keep 13 bits. Whether that is enough for the contract of
+    ``fused_experts`` on numbers with heavy tails has not been measured on every format, so nothing does this by
+    itself. fp8 inputs are not rounded to bf16.
     """
     before, _forced.fp8 = _forced.fp8, True
     try:

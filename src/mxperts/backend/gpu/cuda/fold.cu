@@ -4,6 +4,7 @@
 //
 //   SECOND                  which
 //   FOLD_LEAST, FOLD_MOST   powers of two that an element may be multiplied by in E4M3
+//   SPREAD                  how many of them a row's largest scale may be above the mean: sums keep 13 bits of the largest
 #include "inputs.cuh"
 
 constexpr int LOWEST_BASE = 40, HIGHEST_BASE = 214;  // scales of rows, whose product with the weights' float32 has
@@ -64,13 +65,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) fold(const __grid_constant
 
   // What the whole row has to be known for: its largest scale and its smallest, or its largest magnitude.
   u32 most = 0, least = 0;
+  int blocks = 0, sum = 0;  // of scales
   for (int first = 0; first < k; first += 256) {
     float v[8];
     read8(p, row, first + lane * 8, v);
     const u32 amax = block_amax(v);
 #if QDQ == 1
     const u32 scale = amax >= 0x7f800000u ? 255 : SharedScale::of(amax);
-    if (amax) most = max(most, scale + 1), least = max(least, 256 - scale);
+    if (amax) {
+      most = max(most, scale + 1), least = max(least, 256 - scale);
+      if ((lane & 3) == 0) blocks++, sum += scale;
+    }
 #else
     most = max(most, amax);
 #endif
@@ -84,7 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) fold(const __grid_constant
   const int highest = most ? (int)most - 1 : 127 + FOLD_MOST, lowest = most ? 256 - (int)least : highest;
   exponent = highest - FOLD_MOST;
   bad = highest == 255;
-  outside = bad || lowest - exponent < FOLD_LEAST || exponent < LOWEST_BASE || exponent > HIGHEST_BASE;
+  blocks = __reduce_add_sync(0xffffffffu, blocks), sum = __reduce_add_sync(0xffffffffu, sum);
+  outside = bad || lowest - exponent < FOLD_LEAST || exponent < LOWEST_BASE || exponent > HIGHEST_BASE ||
+            (highest - SPREAD) * blocks > sum;
   base = power_of_two(exponent - 127);
 #else
   bad = QDQ == 3 && most >= 0x7f800000u;

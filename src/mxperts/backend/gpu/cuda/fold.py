@@ -25,6 +25,9 @@ from mxperts.packing import magnitudes
 
 LOWEST, HIGHEST = 40, 214
 """Exponents of rows, as scale bytes, that float32 has room for together with those of tokens: see fold.cu."""
+SPREAD = 7
+"""Binades that the largest scale of a row may be above the mean. Matrix units keep 13 bits of a sum below its largest
+product, so that what is much smaller loses its last bits."""
 _COUNTERS = 16
 _SLACK = 128
 
@@ -146,7 +149,8 @@ def _row_exponents(fmt: BlockFormat, packed: Tensor, scales: Tensor) -> tuple[Te
     lowest = torch.where(there, s, 255).amin(-1)
     empty = ~there.any(-1)
     row = torch.where(empty, SCALE_BIAS, highest - rule.most)
-    bad = ~empty & ((lowest - row < rule.least) | (row < LOWEST) | (row > HIGHEST))
+    mean = torch.where(there, s, 0).sum(-1) / there.sum(-1).clamp(min=1)
+    bad = ~empty & ((lowest - row < rule.least) | (row < LOWEST) | (row > HIGHEST) | (highest - SPREAD > mean))
     field = s - row[:, None] + rule.exponent  # blocks of zeros too must not have an Inf there
     bad |= (field > rule.fields).any(-1) | (PADDING_SCALE - row + rule.exponent > rule.fields)
     if not rule.e5m2:

@@ -193,6 +193,7 @@ def _kernels(
         "LEAST_N": str(_LEAST),
         "FOLD_LEAST": str(window[0]),
         "FOLD_MOST": str(window[1]),
+        "SPREAD": str(fold.SPREAD),
         **fold.weight_macros(weight),
     }
 
