@@ -7,7 +7,7 @@ import torch
 import mxperts as mx
 from mxperts.backend.cpu import jit
 from mxperts.backend.cpu.paths import available
-from mxperts.checkpoint import LAYOUTS
+from mxperts.integrations.transformers.loading import TAKEN_OVER
 from mxperts.cli import app, doctor
 from mxperts.integrations.vllm import plugin
 
@@ -42,7 +42,7 @@ def test_hooks_are_listed_with_what_they_replace(runner, monkeypatch):
     assert document["vllm"]["where"] == "in every process of vllm 0.33.0"
     assert [h["replaced"] for h in document["vllm"]["hooks"]] == [h.replaced for h in plugin.HOOKS]
     assert "mxperts.install()" in document["transformers"]["where"]
-    assert len(document["transformers"]["hooks"]) == len(LAYOUTS)
+    assert len(document["transformers"]["hooks"]) == len(TAKEN_OVER)
     table = runner.invoke(app, ["doctor"]).stdout
     for hook in plugin.HOOKS:
         assert f"| hook in vllm: {hook.replaced}" in table

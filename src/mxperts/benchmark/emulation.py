@@ -32,12 +32,16 @@ NAME = "dequantise-first"
 def registered() -> Iterator[str]:
     """While it lasts, there is a backend of this name; "auto" does not take it."""
     before: tuple[dispatch.Backend, ...] = dispatch.BACKENDS
-    backend = dispatch.Backend(name=NAME, module=__name__, refuses=lambda problem: None, summary=describe(None))
+    backend = dispatch.Backend(name=NAME, module=__name__, refuses=_refuses, summary=describe(None))
     dispatch.BACKENDS = (*before, backend)  # type: ignore[assignment]
     try:
         yield NAME
     finally:
         dispatch.BACKENDS = before  # type: ignore[assignment]
+
+
+def _refuses(problem: dispatch.Problem) -> str | None:
+    return None if problem.rotation is None else f"it does not rotate inputs, as {problem.rotation!r} asks"
 
 
 def describe(problem: dispatch.Problem | None) -> str:
@@ -78,9 +82,10 @@ def mx_linear(
     bias: Tensor | None,
     activation: Activation,
     input_scale: Tensor | None,
+    rotation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]."""
+    """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]; ``rotation`` is refused before."""
     quantize_input = _quantizer(activation, None if input_scale is None else (input_scale, input_scale))
     dense = _dense([t.unsqueeze(0) for t in weight], fmt, x.shape[-1], x)[0]
     return F.linear(quantize_input(x, 0), dense, None if bias is None else bias.to(x.dtype)).to(out_dtype)
