@@ -7,8 +7,8 @@ import torch
 import mxperts as mx
 from mxperts.backend.cpu import jit
 from mxperts.backend.cpu.paths import available
-from mxperts.integrations.transformers.loading import TAKEN_OVER
 from mxperts.cli import app, doctor
+from mxperts.integrations.transformers.loading import TAKEN_OVER
 from mxperts.integrations.vllm import plugin
 
 
