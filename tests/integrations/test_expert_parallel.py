@@ -18,7 +18,7 @@ import mxperts as mx
 from mxperts.distributed import Wire
 from mxperts.errors import BackendUnavailable
 from mxperts.formats import Scheme
-from mxperts.integrations.transformers import mx_experts
+from mxperts.integrations.transformers import mx_experts, quantizer
 from mxperts.quantization import quantize_checkpoint
 
 expert_parallel = pytest.importorskip(
@@ -169,7 +169,7 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.22.1")
+    monkeypatch.setattr(quantizer.transformers, "__version__", "5.22.1")
     with pytest.raises(BackendUnavailable, match=r"several processes needs transformers >= 5\.23, not 5\.22\.1"):
         mx.load(FIXTURES / "quark-qwen3_moe-mxfp4", distributed_config=config(2))
 

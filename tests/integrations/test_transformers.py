@@ -18,7 +18,7 @@ import mxperts as mx
 from mxperts.checkpoint import Checkpoint
 from mxperts.checkpoint.names import split_expert
 from mxperts.formats import FP8_STATIC
-from mxperts.integrations.transformers import MXConfig, mx_experts
+from mxperts.integrations.transformers import MXConfig, mx_experts, quantizer
 from mxperts.integrations.transformers.experts import Apart, Stacked, mx_weight
 from mxperts.integrations.transformers.gate import recognize
 from mxperts.integrations.transformers.linear import StoredLinear
@@ -339,7 +339,7 @@ def test_arguments_that_do_not_go_together() -> None:
 
 
 def test_quantising_while_loading_needs_a_transformers_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    monkeypatch.setattr(quantizer.transformers, "__version__", "5.22.2")
     with pytest.raises(mx.BackendUnavailable, match=r"needs transformers >= 5\.23, not 5\.22\.2"):
         mx.load(FIXTURES / "bf16-qwen3_moe", scheme="w_mxfp4")
 
