@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mxperts.backend.gpu.cuda import fold, folded
 from mxperts.backend.gpu.experts import fused_experts
-from mxperts.backend.gpu.paths import CUDA, are_fp8_products_wanted, choose, refuses
+from mxperts.backend.gpu.paths import CUDA, choose, refuses
 from mxperts.backend.gpu.portable import mx_linear, sum_slots
 from mxperts.backend.gpu.prepared import are_tiles, prepare, unprepare
 from mxperts.backend.gpu.quantize import dequantize, fake_quantize, quantize
@@ -26,7 +26,7 @@ def describe(problem: Problem | None) -> str:
     refused = refuses(problem.device, problem.rotation)
     why = "" if path is CUDA else f"; not path cuda: {refused or 'another was asked for'}"
     unprepared = ", once they are prepared" if path is CUDA else ""
-    fp8 = f"; {folded.summary()}" if path is CUDA and are_fp8_products_wanted() and folded.suits(problem) else ""
+    fp8 = f"; {folded.summary()}" if path is CUDA and folded.suits(problem) else ""
     return f"path {path.name}: {path.summary}{unprepared}{fp8}{why}"
 
 

@@ -45,7 +45,6 @@ def cuda_refuses(device: torch.device) -> str | None:
 class _Forced(threading.local):
     path: Path | None = None
     invariant: bool = False
-    fp8: bool = False
 
 
 _forced = _Forced()
@@ -89,26 +88,6 @@ def batch_invariant() -> Iterator[None]:
 def is_batch_invariant() -> bool:
     """Whether ``batch_invariant`` is asked for."""
     return _forced.invariant
-
-
-@contextmanager
-def fp8_products() -> Iterator[None]:
-    """Within the ``with`` block, in this thread, many tokens of quantised inputs are multiplied in fp8 matrix units.
-
-    Operands and products are exact; sums within the units keep 13 bits. Whether that is enough for the contract of
-    ``fused_experts`` on numbers with heavy tails has not been measured on every format, so nothing does this by
-    itself. fp8 inputs are not rounded to bf16.
-    """
-    before, _forced.fp8 = _forced.fp8, True
-    try:
-        yield
-    finally:
-        _forced.fp8 = before
-
-
-def are_fp8_products_wanted() -> bool:
-    """Whether ``fp8_products`` is asked for."""
-    return _forced.fp8
 
 
 def refuses(device: torch.device, rotation: str | None) -> str | None:

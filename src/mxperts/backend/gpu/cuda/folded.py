@@ -27,7 +27,6 @@ from mxperts.backend.gpu.cuda.grouped import (
 )
 from mxperts.backend.gpu.cuda.layout import STEP, UNIT_ROWS, Tiles
 from mxperts.backend.gpu.cuda.macros import problem_macros
-from mxperts.backend.gpu.paths import are_fp8_products_wanted
 from mxperts.formats import Activation, BlockFormat
 from mxperts.ops.dispatch import Problem
 from mxperts.ops.experts import ExpertsCall
@@ -70,7 +69,7 @@ def summary() -> str:
 
 
 def takes(call: ExpertsCall) -> bool:
-    """Whether a call is one for fp8: asked for, products it has, weights prepared for it, and enough tokens."""
+    """Whether a call is one for fp8: products it has, weights prepared for it, and enough tokens."""
     layout, static = call.layout, call.input_scales or ()
     problem = Problem(
         op="fused_experts",
@@ -80,8 +79,7 @@ def takes(call: ExpertsCall) -> bool:
         activation=call.activation_format,
     )
     return (
-        are_fp8_products_wanted()
-        and len(call.weights) == 3
+        len(call.weights) == 3
         and call.accumulation != "exact"
         and _each(call.top_k_index.numel(), layout.experts) >= LEAST_PAIRS
         and all(scale is None or scale.numel() == 1 for scale in static)
